@@ -1,0 +1,140 @@
+"""Writes files and directories so that a kill at any moment leaves the old state or the new one, never half of one.
+
+Content goes to a temporary sibling (same directory, hence same file system), is flushed to disk and then renamed. Every
+room may use this module; it knows nothing of runs and imports nothing but the standard library and the exception tree.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from llmforge.errors import OutputError
+
+_PARTIAL = ".partial"  # being written: worthless after a kill
+_REPLACED = ".replaced"  # the previous good directory, for the moment between two renames
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_BELOW = 1 << 20  # bytes; writers that hide errno (safetensors, torch) fail with less than this left
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file (text as UTF-8) in one step, replacing an older one. The parent directory must exist.
+
+    Raises OutputError when the disk is full, read-only or not writable.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
+    with _output_errors(path):
+        try:
+            with open(partial, "xb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        _flush(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling directory that becomes `path` when the block ends, and vanishes when it fails.
+
+    An older directory at `path` is replaced as a whole. One writer at a time: what a killed writer left is swept away.
+    Raises OutputError when the disk is full, read-only or not writable.
+    """
+    partial = path.with_name(f".{path.name}{_PARTIAL}")
+    replaced = path.with_name(f".{path.name}{_REPLACED}")
+    with _output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _restore(replaced, path)
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir()
+    try:
+        yield partial
+        _flush_tree(partial)
+    except BaseException as error:
+        full = _is_full(error, path.parent)  # judged before the cleaning up gives the space back
+        shutil.rmtree(partial, ignore_errors=True)
+        if full:
+            raise OutputError(_full_message(path)) from error
+        raise
+    with _output_errors(path):
+        if path.exists():
+            os.rename(path, replaced)
+        os.rename(partial, path)
+        _flush(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def restore_replaced(parent: Path) -> None:
+    """Finish what a kill between the two renames of `atomic_directory` left in `parent`; call before reading there."""
+    for replaced in parent.glob(f".*{_REPLACED}"):
+        _restore(replaced, parent / replaced.name.removeprefix(".").removesuffix(_REPLACED))
+
+
+def _restore(replaced: Path, path: Path) -> None:
+    if not replaced.exists():
+        return
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        os.rename(replaced, path)
+
+
+def output_error(error: OSError, path: Path) -> OutputError:
+    """Say why `path` cannot be written to and what to change."""
+    if error.errno in _FULL:
+        return OutputError(_full_message(path))
+    if error.errno == errno.EROFS:
+        return OutputError(f"{path} lies on a read-only file system; set output_dir to a place that can be written to")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return OutputError(
+            f"{path} is not writable for this user; change its permissions or set output_dir to another place"
+        )
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return OutputError(f"{path} cannot be created: a part of the path is a file; set output_dir to a directory")
+    return OutputError(f"{path} cannot be written to ({error.strerror}); set output_dir to another place")
+
+
+@contextlib.contextmanager
+def _output_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise output_error(error, path) from error
+
+
+def _is_full(error: BaseException, parent: Path) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL
+    return isinstance(error, Exception) and (
+        "no space left" in str(error).lower() or shutil.disk_usage(parent).free < _FULL_BELOW
+    )
+
+
+def _full_message(path: Path) -> str:
+    free = shutil.disk_usage(path.parent).free
+    return (
+        f"the disk that holds {path.parent} is full ({free / 1e6:,.1f} MB free) and {path.name} could not be written; "
+        "free some space or set output_dir to a larger disk. What was there before is untouched"
+    )
+
+
+def _flush_tree(directory: Path) -> None:
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            _flush(Path(folder, name))
+        _flush(Path(folder))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

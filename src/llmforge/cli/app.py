@@ -1,0 +1,178 @@
+"""The commands and their options, and how an error becomes an exit code."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from llmforge.errors import InputError, LlmforgeError
+
+app = typer.Typer(
+    name="llmforge",
+    help="Fine-tune any Hugging Face LLM from one YAML file, with any prompt format, and serve what you trained.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Look at data as the model will see it.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, nested ones with dots. Repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run, or of an artifact.")]
+
+
+@app.command()
+def finetune(
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")] = None,
+    overrides: Overrides = None,
+    default: Annotated[
+        bool, typer.Option("--default", help="Choose everything but the model and the data.")
+    ] = False,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="RUN_DIR", help="Continue a run from its last checkpoint.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before the first step.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the fine-tuning job that CONFIG describes."""
+    from llmforge.config import load_config
+    from llmforge.jobs import finetune as jobs
+    from llmforge.jobs.display import QuietDisplay, open_display
+
+    if (config is None) == (resume is None):
+        raise InputError("give either CONFIG, to start a run, or --resume RUN_DIR, to continue one")
+    if resume is not None and (overrides or default or dry_run):
+        raise InputError("a resumed run keeps its config; --resume goes without --set, --default and --dry-run")
+    with QuietDisplay(sys.stderr) if as_json else open_display(sys.stderr) as display:
+        if resume is not None:
+            run = jobs.resume(resume, display)
+        else:
+            assert config is not None
+            run = jobs.finetune(load_config(config, overrides or (), default), display, dry_run=dry_run)
+    if as_json:
+        result = {"dry_run": True} if run is None else {
+            "run_dir": str(run.run_dir),
+            "artifact_dir": str(run.artifact_dir),
+            "tag": run.tag,
+            "metrics": run.metrics,
+        }
+        print(json.dumps(result))
+
+
+@app.command()
+def validate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    default: Annotated[bool, typer.Option("--default", help="Check as `finetune --default` would.")] = False,
+    config_only: Annotated[bool, typer.Option("--config-only", help="Read nothing but the YAML file.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check config, data and prompt format, without loading weights."""
+    from llmforge.config import load_config
+
+    loaded = load_config(config, overrides or (), default)
+    if config_only:
+        from llmforge.config.capabilities import unavailable
+
+        notes = [*loaded.notes, *(f"{key}: {text}" for key, text in unavailable(loaded))]
+        _print_validation({"valid": True, "config": str(config), "notes": notes}, as_json)
+        return
+    from llmforge.jobs.validation import validate_run
+
+    _print_validation({"valid": True, "config": str(config), **validate_run(loaded)}, as_json)
+
+
+def _print_validation(report: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report))
+        return
+    for note in report.pop("notes"):
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{report['config']} is valid")
+    for name, value in report.items():
+        if name not in ("valid", "config"):
+            print(f"  {name.replace('_', ' '):<16} {value:,}" if isinstance(value, int) else f"  {name:<16} {value}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the config, for editors."""
+    from llmforge.config.json_schema import json_schema
+
+    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+@data_app.command("show")
+def data_show(
+    config: ConfigFile,
+    rows: Annotated[int, typer.Option("-n", min=1, help="How many rows.")] = 3,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show rows token by token: what is trained, and why."""
+    from llmforge.config import load_config
+    from llmforge.jobs.data_view import explain_rows, print_rows
+
+    explained = explain_rows(load_config(config, overrides or ()), rows)
+    if as_json:
+        for row in explained:
+            print(json.dumps(row, ensure_ascii=False))
+    else:
+        print_rows(explained, sys.stdout)
+
+
+@app.command()
+def chat(
+    run: RunPath,
+    system: Annotated[str | None, typer.Option(help="System message of the conversation.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 answers greedily.")] = None,
+) -> None:
+    """Talk to a run's model."""
+    from llmforge.jobs.talk import chat as talk
+
+    talk(run, system=system, options=_given(max_new_tokens=max_new_tokens, temperature=temperature))
+
+
+@app.command()
+def generate(
+    run: RunPath,
+    input: Annotated[Path, typer.Option("--input", help="JSONL file of rows with messages.")],
+    output: Annotated[Path, typer.Option("--output", help="JSONL file to write: the rows, each with its answer.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Conversations answered together.")] = 8,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 answers greedily.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Answer with the base model, without the adapter.")] = False,
+) -> None:
+    """Answer a file of conversations."""
+    from llmforge.jobs.talk import generate as answer
+
+    options = _given(max_new_tokens=max_new_tokens, temperature=temperature)
+    count = answer(run, input, output, batch_size=batch_size, base=base, options=options)
+    print(f"{count:,} answers in {output}", file=sys.stderr)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def main() -> NoReturn:
+    """Run the console script; exit with 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted."""
+    try:
+        app(prog_name="llmforge")
+    except LlmforgeError as error:
+        from llmforge.jobs.events import redact
+
+        print(f"error: {redact(str(error))}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)

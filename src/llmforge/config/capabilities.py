@@ -1,0 +1,98 @@
+"""Which valid configs this version cannot run, and how to say so. Nothing here is wrong with the config itself."""
+
+from collections.abc import Iterator
+
+from llmforge.config.load import LoadedConfig
+from llmforge.config.schema import TASK_SECTIONS
+from llmforge.errors import NotAvailableError
+
+AVAILABLE_TASKS = ("instruction_tuning", "causal_lm")
+# PEFT options that need a pass over the data, or another library, before training starts.
+_UNAVAILABLE_LORA = {
+    "eva_config": "EVA needs a pass over the data before training",
+    "corda_config": "CorDA needs a pass over the data before training",
+    "lora_ga_config": "LoRA-GA needs a pass over the data before training",
+    "arrow_config": "Arrow routes between adapters that are already trained",
+    "megatron_config": "Megatron's parallel layers are not supported",
+    "megatron_core": "Megatron's parallel layers are not supported",
+    "use_qalora": "QA-LoRA needs a quantised base model",
+    "runtime_config": "its only option moves GPU work, for quantised models",
+}
+
+
+def unavailable(loaded: LoadedConfig) -> list[tuple[str, str]]:
+    """Return (dotted key, what this version cannot do and what to change) for every such request."""
+    return list(_requests(loaded))
+
+
+def refuse_unavailable(loaded: LoadedConfig) -> None:
+    """Raise NotAvailableError, with every request that this version cannot fulfil, each with its place."""
+    requests = unavailable(loaded)
+    if not requests:
+        return
+    errors = [loaded.error(key, text, NotAvailableError) for key, text in requests]
+    errors.sort(key=lambda error: (error.line is None, error.line or 0))
+    first, *others = errors
+    raise NotAvailableError(
+        "\n".join([first.message, *(str(other) for other in others)]), file=first.file, line=first.line
+    )
+
+
+def _requests(loaded: LoadedConfig) -> Iterator[tuple[str, str]]:
+    config = loaded.config
+    for key, path in (
+        ("model_id", config.model_id),
+        ("initial_base_model_ckpt_path", config.initial_base_model_ckpt_path),
+        ("initial_adapter_model_ckpt_path", config.initial_adapter_model_ckpt_path),
+        ("cache_dir", config.cache_dir),
+        ("output_dir", config.output_dir),
+    ):
+        if isinstance(path, str) and path.startswith(("s3://", "gs://")):
+            yield key, f"given {path}; buckets are not available here in this version; give a local path"
+
+    sections = [key for key in TASK_SECTIONS if key in config.model_fields_set]
+    for key in sections:
+        yield key, f"the task {TASK_SECTIONS[key]} is not available in this version; remove {key}"
+    if config.task is not None and config.task not in AVAILABLE_TASKS:
+        yield (
+            "task",
+            f"given {config.task}; available in this version: {', '.join(AVAILABLE_TASKS)}; choose one of them",
+        )
+
+    if config.packing is True:
+        yield (
+            "packing",
+            "given true; packing is not available in this version, which groups sequences of similar length instead; "
+            "set packing: auto or false",
+        )
+    if config.num_devices > 1:
+        yield "num_devices", f"given {config.num_devices}; this version trains on one device; set num_devices: 1"
+    for key, resources in (
+        ("worker_resources", config.worker_resources),
+        ("trainer_resources", config.trainer_resources),
+    ):
+        if resources:
+            yield key, f"it tells Ray where to place workers, and this version does not run on Ray; remove {key}"
+    if config.deepspeed is not None:
+        yield "deepspeed", "DeepSpeed is not available in this version; remove deepspeed"
+    if config.parallel != "auto":
+        yield "parallel", f"given {config.parallel}; this version trains on one device; set parallel: auto"
+    if config.liger_kernel is not None and config.liger_kernel.enabled:
+        yield "liger_kernel", "Liger's kernels are not available in this version; set liger_kernel: {enabled: false}"
+    if config.quantization != "none":
+        yield (
+            "quantization",
+            f"given {config.quantization}; quantised base weights are not available in this version; "
+            "set quantization: none",
+        )
+    if config.lora_config is not None:
+        for key, why in _UNAVAILABLE_LORA.items():
+            if key in config.lora_config.model_fields_set:
+                yield f"lora_config.{key}", f"{why}, which is not available in this version; remove it"
+        start = config.lora_config.init_lora_weights
+        if start in ("eva", "corda", "lora_ga"):
+            yield (
+                "lora_config.init_lora_weights",
+                f"given {start}; it needs a pass over the data before training, which is not available in this "
+                "version; remove it",
+            )

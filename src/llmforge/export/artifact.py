@@ -1,0 +1,96 @@
+"""Writes the artifact: the trained model as plain Hugging Face files that load without llmforge installed."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from safetensors import safe_open
+
+from llmforge.atomic import atomic_directory
+from llmforge.errors import RunError
+from llmforge.models.load import quiet
+from llmforge.prompt import Encoder, StopRules, chat_template_of, save_format
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def write_artifact(
+    directory: Path,
+    *,
+    model: Any,
+    base_model: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    encoder: Encoder,
+    stop: StopRules,
+    generate_kwargs: Mapping[str, Any],
+    add_documents: Callable[[Path], None],
+) -> None:
+    """Write weights or adapter, tokenizer with the compiled chat template, generation config and prompt format.
+
+    Args:
+        directory: becomes the artifact in one step, once everything is written.
+        model: a PEFT model, whose adapter is saved, or a plain model, whose weights are saved in `dtype`. A plain model
+            is cast in place.
+        base_model: the hub id or directory under which an adapter's base model is found again.
+        add_documents: writes what else belongs into the directory (card, loss curve).
+
+    Raises:
+        RunError: what was written is not what was trained.
+        OutputError: the disk is full or cannot be written to.
+    """
+    with quiet(), atomic_directory(directory) as temporary:
+        if isinstance(model, peft.PeftModel):
+            config = model.peft_config["default"]
+            config.base_model_name_or_path = base_model
+            config.revision = revision
+            # "auto" would add whole embedding matrices, and ask the hub whether the vocabulary has grown.
+            model.save_pretrained(temporary, save_embedding_layers=False)
+            _check_adapter(temporary / ADAPTER_WEIGHTS, model)
+        else:
+            model.to(dtype).save_pretrained(temporary)
+        _save_tokenizer(temporary, encoder)
+        generation = transformers.GenerationConfig(
+            **{
+                "eos_token_id": list(stop.token_ids),
+                "pad_token_id": encoder.tokenizer.pad_token_id,
+                "bos_token_id": encoder.tokenizer.bos_token_id,
+                **generate_kwargs,
+            }
+        )
+        generation.save_pretrained(temporary)
+        save_format(temporary, encoder.format, stop)
+        add_documents(temporary)
+
+
+def _save_tokenizer(directory: Path, encoder: Encoder) -> None:
+    """Save the tokenizer with the chat template under which any server renders what was trained on."""
+    tokenizer = encoder.tokenizer
+    own = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = chat_template_of(encoder.format)
+        tokenizer.save_pretrained(directory)
+    finally:
+        tokenizer.chat_template = own
+
+
+def _check_adapter(path: Path, model: Any) -> None:
+    """Check that every trained tensor is in the file with its shape; adapters saved empty are an old disease.
+
+    See https://github.com/huggingface/peft/issues/2892.
+    """
+    trained = sorted(tuple(p.shape) for p in model.parameters() if p.requires_grad)
+    with safe_open(path, framework="pt") as file:
+        saved = sorted(tuple(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    missing = list(trained)
+    for shape in saved:
+        if shape in missing:
+            missing.remove(shape)
+    if missing or not saved:
+        raise RunError(
+            f"{path.name} holds {len(saved)} tensors, but {len(trained)} were trained; shapes that are missing: "
+            f"{missing[:5]}. The last checkpoint holds all of them"
+        )

@@ -1,0 +1,263 @@
+"""The life of a run in this process: prepares it, gives it a directory, trains, and records how it went."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from llmforge.atomic import write_atomically
+from llmforge.config import LoadedConfig, load_config
+from llmforge.errors import ConfigError, RunError
+from llmforge.export.card import CardFacts, Evaluation, model_card
+from llmforge.export.loss_curve import plot_losses
+from llmforge.jobs.events import EventLog, Reporters, read_events, redact
+from llmforge.jobs.interruptions import remember_interrupts
+from llmforge.jobs.loggers import check_logger, make_logger
+from llmforge.jobs.manifest import build_manifest, read_manifest, write_manifest
+from llmforge.jobs.run import Run
+from llmforge.jobs.run_directory import RunDirectory
+from llmforge.train.reporter import Reporter
+
+if TYPE_CHECKING:
+    from llmforge.train.prepare import Preparation
+    from llmforge.train.run import Result
+
+LOSS_CURVE = "loss_curve.png"
+
+
+class Audience(Reporter, Protocol):
+    """A reporter that a person watches; it also hears how far the preparation is."""
+
+    def progress(self, rows_done: int) -> None:
+        """Take in how many rows have been prepared."""
+
+
+def finetune(loaded: LoadedConfig, audience: Audience, *, dry_run: bool = False) -> Run | None:
+    """Run the fine-tuning job that a config describes; with `dry_run` stop before the first step and leave nothing.
+
+    Raises:
+        InputError: something given is wrong; nothing was trained.
+        RunError: the run failed; what it had done is in its directory.
+    """
+    preparation = _prepare(loaded, audience)
+    from llmforge.train.run import check_model
+
+    needed = check_model(preparation)
+    output = preparation.config.output
+    directory = RunDirectory.create(Path(output.output_dir), output.tag)
+    if dry_run:
+        _train(directory, preparation, audience, dry_run=True)
+        directory.path.rmdir()
+        return None
+    directory.require_free_space(needed)
+    write_atomically(directory.config, loaded.text)
+    write_atomically(directory.resolved_config, preparation.config.to_yaml())
+    preparation.train.dataset.ledger.write(directory.rows)
+    write_manifest(directory.manifest, _manifest(loaded, preparation))
+    return _train(directory, preparation, audience)
+
+
+def resume(run_dir: Path, audience: Audience) -> Run:
+    """Continue a run from its last checkpoint; its result is that of a run which never stopped.
+
+    Raises:
+        InputError: the directory holds no run, or its data or model have changed since.
+        RunError: the run failed again.
+    """
+    directory = RunDirectory.open(run_dir)
+    if not directory.resolved_config.is_file():
+        raise ConfigError(
+            f"{directory.path} was stopped before its first step and holds nothing to continue; start it again with "
+            f"llmforge finetune {directory.config}"
+        )
+    loaded = load_config(directory.resolved_config)
+    preparation = _prepare(loaded, audience)
+    _refuse_changes(read_manifest(directory.manifest), _manifest(loaded, preparation), directory)
+    run = _train(directory, preparation, audience, resuming=True)
+    assert run is not None
+    return run
+
+
+def _prepare(loaded: LoadedConfig, audience: Audience) -> "Preparation":
+    from llmforge.train.prepare import prepare_run  # torch and transformers are imported here, not with the commands
+
+    for note in loaded.notes:
+        audience.note(note)
+    if loaded.config.logger is not None:
+        check_logger(loaded.config.logger.provider, loaded.config.logger.provider_config)
+    return prepare_run(loaded, audience, audience.progress)
+
+
+def _train(
+    directory: RunDirectory,
+    preparation: "Preparation",
+    audience: Audience,
+    *,
+    resuming: bool = False,
+    dry_run: bool = False,
+) -> Run | None:
+    from llmforge.train.run import run
+
+    if dry_run:
+        reporter = Reporters([audience])
+        run(
+            preparation,
+            checkpoints=directory.checkpoints,
+            artifact=directory.artifact,
+            reporter=reporter,
+            interruptions=partial(remember_interrupts, reporter.note),
+            add_documents=lambda path, result: None,
+            dry_run=True,
+        )
+        return None
+
+    config = preparation.config
+    with EventLog(directory.events) as events:
+        loggers: list[Reporter] = []
+        if config.logger is not None:
+            loggers.append(
+                make_logger(
+                    config.logger.provider,
+                    config.logger.provider_config,
+                    tag=config.output.tag,
+                    model_id=config.model.model_id,
+                    resolved=config.values,
+                    run_dir=directory.path,
+                )
+            )
+        reporter = Reporters([events, audience], loggers)
+        try:
+            result = run(
+                preparation,
+                checkpoints=directory.checkpoints,
+                artifact=directory.artifact,
+                reporter=reporter,
+                interruptions=partial(remember_interrupts, reporter.note),
+                add_documents=partial(_add_documents, directory, preparation),
+                resuming=resuming,
+            )
+        except BaseException as error:
+            reporter.event("failed", error=redact(str(error) or type(error).__name__), run_dir=str(directory.path))
+            raise
+        assert result is not None
+        reporter.event(
+            "finished",
+            best_step=result.best_step,
+            metrics=result.metrics,
+            artifact_path=str(directory.artifact),
+            run_dir=str(directory.path),
+        )
+    return Run(directory.path, config.output.tag, result.metrics)
+
+
+def _manifest(loaded: LoadedConfig, preparation: "Preparation") -> dict[str, Any]:
+    def split(name: str) -> dict[str, Any]:
+        found = preparation.train if name == "train" else preparation.valid
+        if found is None:
+            return {}
+        ledger = found.dataset.ledger
+        return {
+            name: {
+                "hash": found.prepared.content_hash,
+                "rows": ledger.rows,
+                **ledger.counts,
+                "samples": len(found.dataset),
+                "tokens": int(found.dataset.lengths.sum()),
+                "trained_tokens": int(found.dataset.trained_tokens.sum()),
+                "tokens_lost": ledger.tokens_lost,
+                "trained_tokens_lost": ledger.trained_tokens_lost,
+            }
+        }
+
+    source = preparation.weights_source
+    return build_manifest(
+        config_hash=_hash(preparation.config.to_yaml()),
+        data={**split("train"), **split("valid")},
+        base_model={"name": source.name, "hash": source.content_hash()},
+        tokenizer_hash=preparation.encoder.tokenizer_fingerprint(),
+        prompt_format_hash=preparation.encoder.format_fingerprint(),
+        more={
+            "device": preparation.device.type,
+            "origins": {key: str(origin) for key, origin in preparation.config.origins.items()},
+        },
+    )
+
+
+def _refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], directory: RunDirectory) -> None:
+    """Refuse to continue with other data, weights, tokenizer or format: the result would be neither run's."""
+    changed = []
+    for name in ("train", "valid"):
+        if before["data"].get(name, {}).get("hash") != now["data"].get(name, {}).get("hash"):
+            changed.append(f"the rows of {name}_path")
+    changed += [
+        words
+        for key, words in (
+            ("base_model", "the base model"),
+            ("tokenizer", "the tokenizer"),
+            ("prompt_format", "the prompt format"),
+        )
+        if before[key]["hash"] != now[key]["hash"]
+    ]
+    if changed:
+        raise ConfigError(
+            f"{directory.path} cannot be continued: {', '.join(changed)} changed since it started. Restore what it was, "
+            f"or start a new run with llmforge finetune {directory.config}"
+        )
+
+
+def _add_documents(directory: RunDirectory, preparation: "Preparation", artifact: Path, result: "Result") -> None:
+    """Write the loss curve and the model card into the artifact."""
+    events = read_events(directory.events)
+    # A resumed run goes over some steps again; the last record of a step is the one that counts.
+    steps = {event["step"]: event for event in events if event["event"] == "step"}
+    evaluations = {event["step"]: event for event in events if event["event"] == "evaluation"}
+    train_losses = [(step, event["train_loss"]) for step, event in sorted(steps.items())]
+    tag = preparation.config.output.tag
+    plot_losses(
+        train_losses,
+        [(step, event["eval_loss"]) for step, event in sorted(evaluations.items())],
+        artifact / LOSS_CURVE,
+        tag,
+    )
+    config, source = preparation.config, preparation.weights_source
+    manifest = read_manifest(directory.manifest)
+    data = preparation.train.dataset
+    facts = CardFacts(
+        tag=tag,
+        base_model=result.base_model,
+        hub_id=None if source.is_local else source.name,
+        is_adapter=config.adapter is not None,
+        task=config.task.name,
+        parameters=result.parameters,
+        trainable_parameters=result.trainable_parameters,
+        rows=preparation.train.prepared.statistics.rows,
+        samples=len(data),
+        tokens_per_epoch=int(data.lengths.sum()),
+        trained_tokens_per_epoch=int(data.trained_tokens.sum()),
+        epochs=config.optimization.num_epochs,
+        steps=preparation.total_steps,
+        best_step=result.best_step,
+        first_train_loss=train_losses[0][1],
+        last_train_loss=train_losses[-1][1],
+        evaluations=[
+            Evaluation(step, event["eval_loss"], event["perplexity"]) for step, event in sorted(evaluations.items())
+        ],
+        prompt_format_yaml=(artifact / "prompt_format.yaml").read_text(encoding="utf-8"),
+        rendered_example=preparation.encoder.rendered_example(),
+        stopping_sequences=preparation.stop.sequences,
+        resolved_config_yaml=config.to_yaml(),
+        hashes={
+            "training data": manifest["data"]["train"]["hash"],
+            "base model": manifest["base_model"]["hash"],
+            "tokenizer": manifest["tokenizer"]["hash"],
+            "prompt format": manifest["prompt_format"]["hash"],
+        },
+        versions=manifest["versions"],
+        loss_curve=LOSS_CURVE,
+    )
+    write_atomically(artifact / "README.md", model_card(facts))
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

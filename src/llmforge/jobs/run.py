@@ -1,0 +1,73 @@
+"""A finished run, as Python sees it: where it lies, what it measured, and its model to talk to."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmforge.errors import InputError
+from llmforge.jobs.events import read_events
+from llmforge.jobs.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from llmforge.prompt import Message
+    from llmforge.serve.engine import Engine
+
+
+@dataclass
+class Run:
+    """A training run on disk. The model is loaded when it is first asked something."""
+
+    run_dir: Path
+    tag: str
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def artifact_dir(self) -> Path:
+        """The directory of the best model."""
+        return self.run_dir / "artifact"
+
+    @cached_property
+    def engine(self) -> "Engine":
+        """The loaded model with its prompt format."""
+        from llmforge.serve.engine import Engine
+
+        return Engine.load(self.artifact_dir)
+
+    def chat(self, messages: "Sequence[Message]", **options: Any) -> str:
+        """Answer a conversation; options are transformers' generation options (max_new_tokens, temperature, …)."""
+        return self.engine.generate([messages], **options)[0]
+
+    def stream(self, messages: "Sequence[Message]", **options: Any) -> Iterator[str]:
+        """Answer a conversation piece by piece."""
+        return self.engine.stream(messages, **options)
+
+
+def load_run(run_dir: str | Path) -> Run:
+    """Open a finished run.
+
+    Raises:
+        InputError: the directory is no run, or the run has not finished.
+    """
+    directory = RunDirectory.open(Path(run_dir))
+    events = read_events(directory.events) if directory.events.is_file() else []
+    finished = [event for event in events if event["event"] == "finished"]
+    if not finished or not directory.artifact.is_dir():
+        raise InputError(
+            f"{directory.path} has not finished, so there is no model yet; continue it with "
+            f"llmforge finetune --resume {directory.path}"
+        )
+    started = next(event for event in reversed(events) if event["event"] == "started")
+    return Run(directory.path, started["tag"], finished[-1]["metrics"])
+
+
+def find_artifact(path: Path) -> Path:
+    """Give the artifact that a path means: an artifact directory itself, or that of a finished run.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if (path / "prompt_format.yaml").is_file():
+        return path
+    return load_run(path).artifact_dir

@@ -1,0 +1,1 @@
+"""Loads any Hugging Face model and prepares it for training; never sees text."""

@@ -1,0 +1,193 @@
+"""Loads tokenizers, configs and base models through transformers, and prepares a model for training on one device."""
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+from llmforge.atomic import atomic_directory
+from llmforge.errors import ModelError
+from llmforge.models.source import ModelSource
+
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What planning needs to know of a model, read from its config.
+
+    `native_context_length` is None for models without a position limit.
+    """
+
+    architecture: str
+    native_context_length: int | None
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+
+
+def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer that belongs to a model.
+
+    Raises:
+        ModelError: there is none, or transformers cannot read it.
+    """
+    with quiet():
+        try:
+            return transformers.AutoTokenizer.from_pretrained(
+                source.directory, trust_remote_code=trust_remote_code, **source.load_options
+            )
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise ModelError(f"the tokenizer of {source.name} cannot be read: {_first_line(error)}") from error
+
+
+def read_facts(source: ModelSource, *, trust_remote_code: bool = False) -> ModelFacts:
+    """Read a model's config, no weights.
+
+    Raises:
+        ModelError: the config is missing, unreadable, or not that of a causal language model.
+    """
+    with quiet():
+        try:
+            config = transformers.AutoConfig.from_pretrained(
+                source.directory, trust_remote_code=trust_remote_code, **source.load_options
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"the config of {source.name} cannot be read: {_first_line(error)}") from error
+    text = config.get_text_config()
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not config.to_dict().get("auto_map"):
+        raise ModelError(
+            f"{source.name} is of type {config.model_type}, which is not a causal language model that transformers "
+            f"{transformers.__version__} knows"
+        )
+    return ModelFacts(
+        architecture=config.model_type,
+        native_context_length=getattr(text, "max_position_embeddings", None),
+        hidden_size=getattr(text, "hidden_size", 0),
+        num_layers=getattr(text, "num_hidden_layers", 0),
+        vocab_size=getattr(text, "vocab_size", 0),
+    )
+
+
+def as_plain_directory(source: ModelSource, cache_dir: Path) -> ModelSource:
+    """Convert a GGUF model, once, to a plain directory with dequantised fp32 weights; other sources stay as they are.
+
+    An adapter names its base model, and nothing but a plain directory is loaded as a base by transformers and PEFT
+    without further arguments.
+    """
+    if source.gguf_file is None:
+        return source
+    directory = cache_dir / "gguf" / source.content_hash()
+    if not directory.is_dir():
+        with quiet(), atomic_directory(directory) as temporary:
+            try:
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    source.directory,
+                    gguf_file=source.gguf_file,
+                    quantization_config=transformers.GgufConfig(dequantize=True),
+                    dtype=torch.float32,
+                )
+            except (OSError, ValueError, KeyError, NotImplementedError) as error:
+                raise ModelError(f"{source.name} cannot be read as GGUF: {_first_line(error)}") from error
+            model.save_pretrained(temporary)
+            load_tokenizer(source).save_pretrained(temporary)
+    return ModelSource(source.name, directory)
+
+
+def load_base_model(
+    source: ModelSource,
+    *,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a causal language model with every weight from its files.
+
+    Args:
+        source: a plain directory (see `as_plain_directory`).
+        dtype: of the weights in memory.
+        attention: transformers' name of an attention implementation; None lets transformers choose.
+
+    Raises:
+        ModelError: files that cannot be read, do not fit the architecture, or leave weights unset.
+    """
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    with quiet():
+        try:
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                source.directory,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=None if source.pickles else True,
+                output_loading_info=True,
+                **options,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise ModelError(f"{source.name} cannot be loaded: {_first_line(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"the weights of {source.name} lack {len(missing)} tensors of its architecture "
+            f"({', '.join(missing[:5])}); training would start from random numbers there. Check that config.json and "
+            "weights belong together"
+        )
+    return model
+
+
+def build_skeleton(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
+    """Build a model without weights (on torch's meta device), to see its modules and count its parameters."""
+    with quiet(), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(
+            source.directory, trust_remote_code=trust_remote_code, **source.load_options
+        )
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def takes_logits_to_keep(model: Any) -> bool:
+    """Say whether a model's forward can compute the logits of the last positions only."""
+    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
+
+
+def enable_activation_checkpointing(model: Any) -> str | None:
+    """Recompute activations in the backward pass instead of keeping them; return why not, where a model cannot."""
+    try:
+        with quiet():
+            model.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        return f"activation checkpointing is off: {_first_line(error)}"
+    return None
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Count all and trainable parameters, tied ones once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and advice off the terminal; what matters is raised or reported by us."""
+    level = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity(logging.ERROR)
+    transformers.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            transformers.logging.set_verbosity(level)
+            if bars:
+                transformers.logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,239 @@
+"""Finds a model's files: a local directory, a GGUF file or a hub repository. It checks them and loads no weights.
+
+Hub access follows the usual variables: `HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmforge.errors import ModelError, NotAvailableError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's files are.
+
+    `name` is what the user wrote; `directory` holds config, tokenizer and weights, of which `gguf_file` is the only one
+    where the model came as GGUF.
+    """
+
+    name: str
+    directory: Path
+    gguf_file: str | None = None
+    pickles: tuple[str, ...] = ()
+    is_local: bool = True
+
+    @property
+    def path(self) -> Path:
+        """The directory or file that the user meant."""
+        return self.directory if self.gguf_file is None else self.directory / self.gguf_file
+
+    @property
+    def load_options(self) -> dict[str, Any]:
+        """Give the keyword arguments that transformers' `from_pretrained` needs to read these files."""
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+    def content_hash(self) -> str:
+        """Hash names, sizes and headers of the weight files, and the whole of the small files, for the manifest.
+
+        Weights are gigabytes: of a safetensors file the header is read, which holds every tensor's name, type and
+        place, of any other file the first and last megabyte.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        files = [self.directory / self.gguf_file] if self.gguf_file else sorted(self.directory.glob("*"))
+        for path in files:
+            if path.is_file() and path.suffix in {".json", ".safetensors", ".gguf", ".model", ".bin", ".jinja"}:
+                size = path.stat().st_size
+                digest.update(f"{path.name} {size}\n".encode())
+                with path.open("rb") as file:
+                    digest.update(file.read(1 << 20))
+                    file.seek(max(0, size - (1 << 20)))
+                    digest.update(file.read())
+        return digest.hexdigest()
+
+
+def find_model(
+    model_id: str,
+    *,
+    key: str = "model_id",
+    relative_to: Path,
+    revision: str | None = None,
+    allow_pickle_weights: Sequence[str] = (),
+    trust_remote_code: bool = False,
+) -> ModelSource:
+    """Find a model's files, downloading them from the hub if `model_id` names a repository.
+
+    Args:
+        model_id: a directory, a `.gguf` file, or a hub id such as `org/name`.
+        key: the config key that the name came from, for errors.
+        relative_to: the config file's directory; relative paths are looked for there, then in the working directory.
+        revision: branch, tag or commit on the hub.
+        allow_pickle_weights: names of pickle files that the config allows to be loaded.
+        trust_remote_code: whether the repository's own Python files are wanted.
+
+    Raises:
+        ModelError: nothing usable is there; says what was found and what to change.
+    """
+    if model_id.startswith(("s3://", "gs://")):
+        raise NotAvailableError(
+            f"{key}: {model_id} is in a bucket; base weights from buckets are not available in this version. "
+            "Download the directory and give its local path"
+        )
+    for directory in (relative_to, Path.cwd()):
+        path = (directory / Path(model_id).expanduser()).resolve()
+        if path.is_file():
+            return _gguf_source(model_id, path, key)
+        if path.is_dir():
+            pickles = check_weights(path, key=key, allow_pickle_weights=allow_pickle_weights)
+            return ModelSource(model_id, path, pickles=pickles)
+    if model_id.startswith((".", "/", "~")) or model_id.endswith(".gguf") or not HUB_ID.fullmatch(model_id):
+        raise ModelError(
+            f"{key}: there is no file or directory {model_id} (looked in {relative_to} and in the working directory). "
+            "Give a local directory, a .gguf file, or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
+        )
+    directory = download(model_id, key=key, revision=revision, code=trust_remote_code, pickles=allow_pickle_weights)
+    pickles = check_weights(directory, key=key, allow_pickle_weights=allow_pickle_weights)
+    return ModelSource(model_id, directory, pickles=pickles, is_local=False)
+
+
+def _gguf_source(name: str, path: Path, key: str) -> ModelSource:
+    if path.suffix != ".gguf":
+        raise ModelError(f"{key}: {name} is a file; give a directory, a .gguf file or a hub id")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelError(f"{key}: {name} is not a GGUF file (it does not begin with GGUF); download it again")
+    return ModelSource(name, path.parent, gguf_file=path.name)
+
+
+def check_weights(directory: Path, *, key: str, allow_pickle_weights: Sequence[str] = ()) -> tuple[str, ...]:
+    """Check that a model directory holds a config and whole weight files; return the pickle files in use.
+
+    Raises:
+        ModelError: no config, no weights, missing or corrupt safetensors files, or pickles that are not allowed.
+    """
+    if not (directory / "config.json").is_file():
+        if (directory / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{key}: {directory} is an adapter, not a base model; give it as initial_adapter_model_ckpt_path and "
+                "its base model as model_id"
+            )
+        raise ModelError(f"{key}: {directory} has no config.json; give the directory that save_pretrained wrote")
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{key}: {index} is damaged ({error}); copy or download the model again") from error
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing:
+            raise ModelError(
+                f"{key}: {directory} lacks {len(missing)} of {len(names)} weight files: {', '.join(missing[:5])}; "
+                "copy or download the model again"
+            )
+        check_safetensors((directory / name for name in names), key=key)
+        return ()
+    if (directory / "model.safetensors").is_file():
+        check_safetensors([directory / "model.safetensors"], key=key)
+        return ()
+    pickles = tuple(name for name in PICKLES if (directory / name).is_file())
+    if not pickles:
+        raise ModelError(
+            f"{key}: {directory} has no weights; expected model.safetensors or model.safetensors.index.json, found "
+            f"{', '.join(sorted(path.name for path in directory.iterdir())[:12]) or 'nothing'}"
+        )
+    refused = [name for name in pickles if name not in allow_pickle_weights]
+    if refused:
+        raise ModelError(
+            f"{key}: the weights of {directory} are Python pickles ({', '.join(refused)}), which can run code when "
+            "loaded. Convert them to safetensors (model.save_pretrained does), or, if you trust where they come from, "
+            f"allow them by name: allow_pickle_weights: [{', '.join(refused)}]"
+        )
+    return pickles
+
+
+def check_safetensors(paths: Iterable[Path], *, key: str) -> None:
+    """Check that each file's header is whole and that the file is as long as the header says.
+
+    Raises:
+        ModelError: a file is truncated or is not a safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for path in paths:
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{key}: {path} is not a whole safetensors file ({error}); copy or download it again"
+            ) from error
+
+
+def check_adapter(directory: Path, key: str = "initial_adapter_model_ckpt_path") -> None:
+    """Check that a directory holds a whole PEFT adapter, before any weights load.
+
+    Raises:
+        ModelError: files are missing or damaged.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (directory / name).is_file():
+            raise ModelError(f"{key}: {directory} has no {name}; give a directory that PEFT's save_pretrained wrote")
+    check_safetensors([directory / "adapter_model.safetensors"], key=key)
+
+
+def download(
+    repo_id: str, *, key: str, revision: str | None = None, code: bool = False, pickles: Sequence[str] = ()
+) -> Path:
+    """Download a hub repository's config, tokenizer and safetensors weights; return the local snapshot.
+
+    Raises:
+        ModelError: with one sentence for each of: not logged in, no access, no such model, hub not reached.
+    """
+    import httpx2
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns = [name for name in HUB_FILES if code or name != "*.py"] + list(pickles)
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    except HfHubHTTPError as error:
+        raise ModelError(_hub_refusal(repo_id, revision, key, error, constants.ENDPOINT)) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx2.TransportError) as error:
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise ModelError(_hub_refusal(repo_id, revision, key, error.__cause__, constants.ENDPOINT)) from error
+        if constants.HF_HUB_OFFLINE:
+            raise ModelError(
+                f"{key}: {repo_id} is neither a local path nor in the hub cache, and HF_HUB_OFFLINE is set, so it "
+                "cannot be downloaded. Unset HF_HUB_OFFLINE or give a local directory"
+            ) from error
+        raise ModelError(
+            f"{key}: the hub at {constants.ENDPOINT} cannot be reached to download {repo_id}. Check the network, set "
+            "HF_ENDPOINT to a mirror, or give a local directory or .gguf file"
+        ) from error
+
+
+def _hub_refusal(repo_id: str, revision: str | None, key: str, error: Any, endpoint: str) -> str:
+    status = error.response.status_code
+    if status == 401:
+        return (
+            f"{key}: the hub wants to know who asks for {repo_id} (401). Set HF_TOKEN to an access token of an account "
+            "that may read it; if the model is public, check its name"
+        )
+    if status == 403:
+        return (
+            f"{key}: {repo_id} is gated and your account has no access yet (403). Ask for it on "
+            f"{endpoint}/{repo_id}, then set HF_TOKEN to a token of that account"
+        )
+    if status == 404:
+        at = f" at revision {revision}" if revision else ""
+        return f"{key}: there is no model {repo_id}{at} on {endpoint} (404). Check its name, or give a local directory"
+    return f"{key}: the hub at {endpoint} answered {status} for {repo_id}; try again later"

@@ -1,0 +1,32 @@
+"""Measures a model on held-out data."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from llmforge.tasks import Batch, LanguageModeling
+from llmforge.train.backends import Backend
+
+Autocast = Callable[[], AbstractContextManager]
+"""Makes the context in which forward passes run."""
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any, task: LanguageModeling, batches: Iterable[Batch], *, backend: Backend, autocast: Autocast
+) -> dict[str, float]:
+    """Give the task's metrics over all batches, each weighted token counted once whatever the batching."""
+    was_training = model.training
+    model.eval()
+    total = weight = 0.0
+    try:
+        for batch in batches:
+            with autocast():
+                loss = task.loss(model, batch.to(backend.device))
+            total += float(loss.sum)
+            weight += loss.weight
+    finally:
+        model.train(was_training)
+    return task.metrics(backend.total(total) / backend.total(weight))

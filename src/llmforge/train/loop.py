@@ -1,0 +1,120 @@
+"""The training loop: the list of what happens in a step, and nothing else.
+
+It knows no file, no device layout, no task and no config: all of that is in the parts it is handed.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from llmforge.errors import Interrupted, NonFiniteLossError
+from llmforge.tasks import Batch, LanguageModeling
+from llmforge.train.backends import Backend
+from llmforge.train.evaluation import Autocast
+from llmforge.train.optimization import Schedule
+from llmforge.train.reporter import Reporter
+
+
+def train(
+    model: Any,
+    task: LanguageModeling,
+    *,
+    micro_batches: Callable[[int], Sequence[Batch]],
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    backend: Backend,
+    autocast: Autocast,
+    reporter: Reporter,
+    first_step: int,
+    last_step: int,
+    steps_per_epoch: int,
+    max_grad_norm: float,
+    seed: int,
+    is_milestone: Callable[[int], bool],
+    milestone: Callable[[int], None],
+    save: Callable[[int], None],
+    interrupted: Callable[[], bool],
+) -> None:
+    """Run the updates `first_step` + 1 … `last_step`.
+
+    Steps count finished updates: step 1 is the first. The loss of a step is the sum over all of its micro-batches and
+    ranks divided once by the sum of their weights, so the result does not depend on how the step was cut.
+
+    Args:
+        micro_batches: gives the micro-batches of this rank for an update, by its number from 0.
+        is_milestone, milestone: after which steps to evaluate and write a checkpoint, and how.
+        interrupted, save: whether to stop after the current step, and how to write a checkpoint without evaluating: one
+            more evaluation could change which checkpoint is best.
+
+    Raises:
+        NonFiniteLossError: loss or gradient norm is not finite; the update that they belong to was not made.
+        Interrupted: `interrupted` said so, and everything up to here is in a checkpoint.
+    """
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for index in range(first_step, last_step):
+        began = time.perf_counter()
+        torch.manual_seed(_mix(seed, index, backend.rank))  # dropout depends on the step, not on what came before
+        batches = micro_batches(index)
+        weight = backend.total(sum(batch.weight for batch in batches))
+        loss_sum = torch.zeros((), device=backend.device)
+        for batch in batches:
+            with autocast():
+                loss = task.loss(model, batch.to(backend.device))
+            backend.backward(loss.sum / weight)
+            loss_sum += loss.sum.detach()
+        gradient_norm = backend.clip(parameters, max_grad_norm)
+        train_loss = backend.total(float(loss_sum)) / weight
+        _stop_if_not_finite(index + 1, train_loss, gradient_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(index)
+        backend.step(optimizer)
+
+        step = index + 1
+        seconds = time.perf_counter() - began
+        tokens = backend.total(sum(batch.tokens for batch in batches))
+        reporter.event(
+            "step",
+            step=step,
+            epoch=round(step / steps_per_epoch, 4),
+            train_loss=train_loss,
+            learning_rate=schedule(index),
+            grad_norm=gradient_norm,
+            examples=int(backend.total(sum(batch.examples for batch in batches))),
+            tokens=int(tokens),
+            trained_tokens=int(backend.total(sum(batch.trained_tokens for batch in batches))),
+            tokens_per_second=tokens / seconds,
+            step_seconds=seconds,
+            memory_bytes=_device_memory(backend.device),
+        )
+        stopping = interrupted()
+        if is_milestone(step):
+            milestone(step)
+        elif stopping:
+            save(step)
+        if stopping and step < last_step:
+            raise Interrupted(f"interrupted after step {step} of {last_step}; its checkpoint is written")
+
+
+def _stop_if_not_finite(step: int, loss: float, gradient_norm: float) -> None:
+    if math.isfinite(loss) and math.isfinite(gradient_norm):
+        return
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {gradient_norm}"
+    raise NonFiniteLossError(
+        f"{what} at step {step}; the weights were not updated with it. Lower learning_rate, use dtype: fp32, or look "
+        "at that step's rows; the run's last checkpoint is from before it"
+    )
+
+
+def _mix(seed: int, step: int, rank: int) -> int:
+    """Give each step and rank its own stream of random numbers (splitmix64's finaliser)."""
+    value = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank + 1) & 0xFFFFFFFFFFFFFFFF
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    return (value ^ (value >> 31)) >> 1
+
+
+def _device_memory(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -1,0 +1,287 @@
+"""Everything a run needs before weights are loaded: files found, rows encoded, every value of the config settled.
+
+What can be wrong is found here, in the order of what it costs to find out.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmforge.config import LoadedConfig, derive
+from llmforge.config.capabilities import refuse_unavailable
+from llmforge.config.resolved import ResolvedConfig, resolve
+from llmforge.config.schema import FineTuningConfig
+from llmforge.config.section import RepoId
+from llmforge.data import RowLayout, RowProblem
+from llmforge.data.batches import StepPlan
+from llmforge.data.blocks import read_rows
+from llmforge.data.dataset import Dataset, PreparedData
+from llmforge.data.files import find_files
+from llmforge.data.prepare import prepare
+from llmforge.errors import ModelError, NotAvailableError
+from llmforge.models.device import best_dtype, find_device, free_memory
+from llmforge.models.load import ModelFacts, load_tokenizer, read_facts
+from llmforge.models.source import ModelSource, check_adapter, download, find_model
+from llmforge.prompt import Encoder, StopRules, build_format
+from llmforge.prompt.rows import RowEncoder
+from llmforge.tasks import TASKS, LanguageModeling
+from llmforge.train.reporter import Reporter
+
+ROWS_LOOKED_AT = 100  # to see whether data holds conversations or plain documents
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of one kind (training or validation): as read, and as they fit into the context length."""
+
+    prepared: PreparedData
+    dataset: Dataset
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What `run` works with. No weights are in it."""
+
+    config: ResolvedConfig
+    device: torch.device
+    tokenizer_source: ModelSource
+    weights_source: ModelSource
+    adapter: Path | None
+    facts: ModelFacts
+    encoder: Encoder
+    stop: StopRules
+    task: type[LanguageModeling]
+    train: Split
+    valid: Split | None
+    plan: StepPlan
+    total_steps: int
+
+
+def prepare_run(loaded: LoadedConfig, reporter: Reporter, progress: Callable[[int], None] | None = None) -> Preparation:
+    """Check and prepare everything that a run needs, short of loading weights.
+
+    Args:
+        progress: called with the number of rows prepared so far.
+
+    Raises:
+        InputError: any of its kinds; says what was given, what is allowed and what to change.
+    """
+    refuse_unavailable(loaded)
+    config = loaded.config
+    relative_to = loaded.path.parent
+    files = find_files(config.train_path, relative_to)
+    valid_files = None if config.valid_path is None else find_files(config.valid_path, relative_to)
+
+    source = find_model(
+        config.model_id,
+        relative_to=relative_to,
+        revision=config.revision,
+        allow_pickle_weights=config.allow_pickle_weights,
+        trust_remote_code=config.trust_remote_code,
+    )
+    weights_source = _initial_weights(config, source, relative_to)
+    adapter = _initial_adapter(config, relative_to)
+    facts = read_facts(source, trust_remote_code=config.trust_remote_code)
+    _check_context_length(loaded, facts)
+    task = TASKS[config.task or "causal_lm"]
+    encoder = _build_encoder(config, source)
+    stop = StopRules.derive(
+        encoder, config.generation_config.stopping_sequences, config.generation_config.stopping_tokens
+    )
+
+    layout = RowLayout(config.data_format, config.columns, task.needs_assistant)
+    cache_dir = Path(config.cache_dir or derive.cache_dir().value).expanduser()
+    encode = RowEncoder(encoder, task.trained)
+    fingerprint = encode.fingerprint()
+
+    def read(paths: list[str]) -> PreparedData:
+        return prepare(
+            paths,
+            layout=layout,
+            encode=encode,
+            fingerprint=fingerprint,
+            cache_dir=cache_dir / "rows",
+            workers=config.data_workers,
+            on_bad_row=config.on_bad_row,
+            progress=progress,
+        )
+
+    train_rows = read(files)
+    valid_rows = None if valid_files is None else read(valid_files)
+
+    device = find_device()
+    derived = _derive(config, facts, device, train_rows)
+    context_length = config.context_length or derived["context_length"].value
+    train = Split(train_rows, train_rows.fit(context_length, config.overlong))
+    valid = None if valid_rows is None else Split(valid_rows, valid_rows.fit(context_length, config.overlong))
+
+    micro_batch = config.train_batch_size_per_device or derived["train_batch_size_per_device"].value
+    accumulation = config.gradient_accumulation_steps or derived["gradient_accumulation_steps"].value
+    plan = StepPlan(train.dataset.lengths, micro_batch, accumulation, config.seed)
+    derived["num_epochs"] = derive.num_epochs(config.min_update_steps, plan.steps_per_epoch)
+    total_steps = plan.steps_per_epoch * (config.num_epochs or derived["num_epochs"].value)
+    located = _located(config, files, valid_files, source, weights_source, adapter, cache_dir)
+    resolved = resolve(loaded, derived, located)
+
+    if config.task is None and _has_assistant_turns(files, layout):
+        reporter.note(
+            "task: causal_lm (the default): every token is trained, prompts too. "
+            "To train only what the assistant says, set task: instruction_tuning"
+        )
+    return Preparation(
+        config=resolved,
+        device=device,
+        tokenizer_source=source,
+        weights_source=weights_source,
+        adapter=adapter,
+        facts=facts,
+        encoder=encoder,
+        stop=stop,
+        task=task,
+        train=train,
+        valid=valid,
+        plan=plan,
+        total_steps=total_steps,
+    )
+
+
+def load_encoder(loaded: LoadedConfig) -> Encoder:
+    """Load the tokenizer and the prompt format of a config, nothing else.
+
+    Raises:
+        InputError: the model, its tokenizer or the format cannot be used.
+    """
+    config = loaded.config
+    source = find_model(
+        config.model_id,
+        relative_to=loaded.path.parent,
+        revision=config.revision,
+        allow_pickle_weights=config.allow_pickle_weights,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return _build_encoder(config, source)
+
+
+def _build_encoder(config: FineTuningConfig, source: ModelSource) -> Encoder:
+    tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    section = config.generation_config.prompt_format
+    format = build_format(
+        None if section is None else section.model_dump(exclude_unset=True),
+        tokenizer,
+        plain_text=config.data_format == "text",
+    )
+    return Encoder(tokenizer, format)
+
+
+def _initial_weights(config: FineTuningConfig, source: ModelSource, relative_to: Path) -> ModelSource:
+    """Find the base weights to start from: those of the model itself, or others of the same architecture."""
+    given = config.initial_base_model_ckpt_path
+    if given is None:
+        return source
+    weights = find_model(
+        given.repo_id if isinstance(given, RepoId) else given,
+        key="initial_base_model_ckpt_path",
+        relative_to=relative_to,
+        allow_pickle_weights=config.allow_pickle_weights,
+        trust_remote_code=config.trust_remote_code,
+    )
+    ours, theirs = (read_facts(s, trust_remote_code=config.trust_remote_code) for s in (source, weights))
+    if ours != theirs:
+        raise ModelError(
+            f"initial_base_model_ckpt_path: {weights.name} has another architecture than model_id ({theirs} instead "
+            f"of {ours}); give weights of the same architecture"
+        )
+    return weights
+
+
+def _initial_adapter(config: FineTuningConfig, relative_to: Path) -> Path | None:
+    """Find the adapter to continue, and check that its files are whole."""
+    given = config.initial_adapter_model_ckpt_path
+    if given is None:
+        return None
+    key = "initial_adapter_model_ckpt_path"
+    if isinstance(given, RepoId):
+        directory = download(given.repo_id, key=key)
+    else:
+        candidates = [(base / Path(given).expanduser()).resolve() for base in (relative_to, Path.cwd())]
+        directory = next((path for path in candidates if path.is_dir()), candidates[0])
+    check_adapter(directory, key)
+    return directory
+
+
+def _check_context_length(loaded: LoadedConfig, facts: ModelFacts) -> None:
+    given, native = loaded.config.context_length, facts.native_context_length
+    if given is not None and native is not None and given > native:
+        raise loaded.error(
+            "context_length",
+            f"given {given}; {loaded.config.model_id} was made for at most {native} tokens, and stretching its "
+            f"positions (RoPE scaling) is not available in this version; set it to {native} or less",
+            NotAvailableError,
+        )
+
+
+def _located(
+    config: FineTuningConfig,
+    files: list[str],
+    valid_files: list[str] | None,
+    source: ModelSource,
+    weights_source: ModelSource,
+    adapter: Path | None,
+    cache_dir: Path,
+) -> dict[str, Any]:
+    """Give the places that relative paths of the config stand for, so that the resolved config works from anywhere."""
+    located: dict[str, Any] = {
+        "train_path": files,
+        "valid_path": valid_files,
+        "cache_dir": str(cache_dir.resolve()),
+        "output_dir": str(Path(config.output_dir).expanduser().resolve()),
+    }
+    if source.is_local:
+        located["model_id"] = str(source.path)
+    if config.initial_base_model_ckpt_path is not None and weights_source.is_local:
+        located["initial_base_model_ckpt_path"] = str(weights_source.path)
+    if adapter is not None and not isinstance(config.initial_adapter_model_ckpt_path, RepoId):
+        located["initial_adapter_model_ckpt_path"] = str(adapter)
+    return located
+
+
+def _derive(
+    config: FineTuningConfig, facts: ModelFacts, device: torch.device, rows: PreparedData
+) -> dict[str, derive.Derived]:
+    """Give a value and a reason to every key that depends on data, model or hardware."""
+    derived: dict[str, derive.Derived] = {}
+    derived["context_length"] = derive.context_length(rows.statistics.max_tokens, facts.native_context_length)
+    derived["dtype"] = derive.Derived(*best_dtype(device))
+    derived["cache_dir"] = derive.cache_dir()
+    derived["data_workers"] = derive.data_workers()
+    derived["task"] = derive.Derived("causal_lm", "LLMForge's default")
+    context_length = config.context_length or derived["context_length"].value
+    memory = derive.MemoryFacts(
+        available_bytes=free_memory(device),
+        hidden_size=facts.hidden_size,
+        num_layers=facts.num_layers,
+        vocab_size=facts.vocab_size,
+        bytes_per_value=2 if (config.dtype or derived["dtype"].value) == "bf16" else 4,
+        is_lora=config.lora_config is not None,
+        gradient_checkpointing=config.gradient_checkpointing is True,
+        on_cpu=device.type == "cpu",
+    )
+    derived["train_batch_size_per_device"] = derive.train_batch_size(memory, context_length)
+    train_batch = config.train_batch_size_per_device or derived["train_batch_size_per_device"].value
+    derived["eval_batch_size_per_device"] = derive.eval_batch_size(train_batch)
+    derived["gradient_accumulation_steps"] = derive.gradient_accumulation_steps(
+        train_batch, chosen_by_user=config.train_batch_size_per_device is not None
+    )
+    return derived
+
+
+def _has_assistant_turns(files: Sequence[str], layout: RowLayout) -> bool:
+    """Say whether the first rows of the data hold assistant turns."""
+    for row in itertools.islice(read_rows(files, layout), ROWS_LOOKED_AT):
+        if not isinstance(row.content, RowProblem) and any(m["role"] == "assistant" for m in row.content["messages"]):
+            return True
+    return False

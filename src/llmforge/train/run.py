@@ -1,0 +1,260 @@
+"""The one place that assembles a training run: it reads the whole config and hands each part its own section."""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmforge.checkpoint import (
+    best_checkpoint,
+    delete_superseded,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    state_bytes,
+)
+from llmforge.config.resolved import ResolvedConfig
+from llmforge.data.batches import evaluation_batches
+from llmforge.export.artifact import write_artifact
+from llmforge.models.adapter import add_lora, continue_lora
+from llmforge.models.device import DTYPES, autocast, device_name
+from llmforge.models.load import (
+    as_plain_directory,
+    build_skeleton,
+    count_parameters,
+    enable_activation_checkpointing,
+    load_base_model,
+    takes_logits_to_keep,
+)
+from llmforge.tasks import Batch
+from llmforge.train.backends import SingleDevice
+from llmforge.train.evaluation import evaluate
+from llmforge.train.loop import train
+from llmforge.train.optimization import build_optimizer, build_schedule
+from llmforge.train.prepare import Preparation
+from llmforge.train.reporter import Reporter
+
+Interruptions = Callable[[], AbstractContextManager[Callable[[], bool]]]
+"""Makes a context in which an interrupt is remembered instead of raised, and the question whether one came."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run came to."""
+
+    best_step: int
+    metrics: dict[str, float]
+    base_model: str
+    parameters: int
+    trainable_parameters: int
+
+
+def check_model(preparation: Preparation) -> int:
+    """Build the model without weights, check that the adapter fits it, and give the bytes that the run will write.
+
+    Raises:
+        ModelError: the adapter's targets do not exist, or cannot be adapted.
+    """
+    config = preparation.config
+    skeleton = build_skeleton(preparation.weights_source, trust_remote_code=config.model.trust_remote_code)
+    artifact = sum(p.numel() for p in skeleton.parameters()) * DTYPES[config.speed.dtype].itemsize
+    if config.adapter is not None:
+        # Some initialisations compute with the weights, which are not there yet; they change no name and no shape.
+        skeleton = add_lora(skeleton, {**config.adapter.options, "init_lora_weights": True})
+        artifact = state_bytes(skeleton, 0)
+    return artifact + state_bytes(skeleton) * (config.checkpoint.num_checkpoints_to_keep + 2)
+
+
+def run(
+    preparation: Preparation,
+    *,
+    checkpoints: Path,
+    artifact: Path,
+    reporter: Reporter,
+    interruptions: Interruptions,
+    add_documents: Callable[[Path, Result], None],
+    resuming: bool = False,
+    dry_run: bool = False,
+) -> Result | None:
+    """Load the model, train it, and write the artifact of its best state.
+
+    Args:
+        checkpoints, artifact: directories to write to.
+        add_documents: writes card and loss curve into the artifact.
+        resuming: continue from the last checkpoint in `checkpoints`.
+        dry_run: stop before the first step, returning None.
+
+    Raises:
+        InputError: the model cannot be loaded or adapted.
+        RunError: training failed or was interrupted.
+    """
+    config = preparation.config
+    torch.manual_seed(config.optimization.seed)  # a fresh adapter's weights
+    model = _load_model(preparation, reporter)
+    backend = SingleDevice(preparation.device)
+    model = backend.prepare(model)
+    parameters, trainable = count_parameters(model)
+    tokenizer = preparation.encoder.tokenizer
+    task = preparation.task(
+        pad_token_id=tokenizer.pad_token_id or 0,
+        pad_to=config.data.context_length if config.data.padding == "max_length" else None,
+        keeps_logits=takes_logits_to_keep(model),
+    )
+    optimizer = build_optimizer(
+        config.optimization.optimizer, model.named_parameters(), weight_decay=config.optimization.weight_decay
+    )
+    first_step = 0
+    done = list_checkpoints(checkpoints)
+    if resuming and done:
+        load_checkpoint(done[-1], model=model, optimizer=optimizer)
+        first_step = done[-1].step
+    last_step, steps_per_epoch = preparation.total_steps, preparation.plan.steps_per_epoch
+    if config.speed.torch_compile is not None:
+        model.compile(**config.speed.torch_compile)
+    forward_context = autocast(preparation.device, config.speed.dtype)
+    data = preparation.train.dataset
+
+    statistics = preparation.train.prepared.statistics
+    reporter.event(
+        "started",
+        tag=config.output.tag,
+        task=config.task.name,
+        devices=f"{device_name(preparation.device)}, {config.speed.dtype}",
+        rows=statistics.rows,
+        samples=len(data),
+        tokens=int(data.lengths.sum()),
+        trained_tokens=int(data.trained_tokens.sum()),
+        steps=last_step,
+        epochs=config.optimization.num_epochs,
+        parameters=parameters,
+        trainable_parameters=trainable,
+        resumed_from=first_step or None,
+    )
+    if config.optimization.num_warmup_steps >= last_step:
+        reporter.note(
+            f"num_warmup_steps is {config.optimization.num_warmup_steps} and the run has {last_step} steps: the learning "
+            "rate never reaches its peak. Set num_warmup_steps lower"
+        )
+    if dry_run:
+        return None
+
+    def load_batches(index: int) -> list[Batch]:
+        return [task.collate([data[i] for i in indices]) for indices in preparation.plan.micro_batches(index)]
+
+    def measure(step: int) -> dict[str, float]:
+        if preparation.valid is None:
+            return {}
+        valid = preparation.valid.dataset
+        batches = evaluation_batches(valid.lengths, config.checkpoint.eval_batch_size_per_device)
+        began = time.perf_counter()
+        metrics = evaluate(
+            model,
+            task,
+            (task.collate([valid[i] for i in indices]) for indices in batches),
+            backend=backend,
+            autocast=forward_context,
+        )
+        reporter.event("evaluation", step=step, **metrics, seconds=time.perf_counter() - began)
+        return metrics
+
+    def save(step: int, metrics: dict[str, float]) -> None:
+        saved = save_checkpoint(checkpoints, step=step, model=model, optimizer=optimizer, metrics=metrics)
+        existing = list_checkpoints(checkpoints)
+        reporter.event("checkpoint", step=step, path=str(saved.path), best=best_checkpoint(existing).step == step)
+        delete_superseded(existing, config.checkpoint.num_checkpoints_to_keep)
+
+    if config.checkpoint.eval_first and first_step == 0:
+        measure(0)
+    with interruptions() as interrupted:
+        train(
+            model,
+            task,
+            micro_batches=load_batches,
+            optimizer=optimizer,
+            schedule=build_schedule(
+                config.optimization.lr_scheduler_type,
+                learning_rate=config.optimization.learning_rate,
+                warmup_steps=config.optimization.num_warmup_steps,
+                total_steps=last_step,
+            ),
+            backend=backend,
+            autocast=forward_context,
+            reporter=reporter,
+            first_step=first_step,
+            last_step=last_step,
+            steps_per_epoch=steps_per_epoch,
+            max_grad_norm=config.optimization.max_grad_norm,
+            seed=config.optimization.seed,
+            is_milestone=partial(_is_milestone, config, steps_per_epoch, last_step),
+            milestone=lambda step: save(step, measure(step)),
+            save=lambda step: save(step, {}),
+            interrupted=interrupted,
+        )
+
+    best = best_checkpoint(list_checkpoints(checkpoints))
+    if best.step != last_step:
+        load_checkpoint(best, model=model, optimizer=None)
+    result = Result(best.step, best.metrics, _base_model_name(preparation), parameters, trainable)
+    write_artifact(
+        artifact,
+        model=model,
+        base_model=result.base_model,
+        revision=config.model.revision,
+        dtype=DTYPES[config.speed.dtype],
+        encoder=preparation.encoder,
+        stop=preparation.stop,
+        generate_kwargs=config.generation.generate_kwargs,
+        add_documents=lambda directory: add_documents(directory, result),
+    )
+    return result
+
+
+def _load_model(preparation: Preparation, reporter: Reporter) -> Any:
+    """Load the base model and make trainable what the config says: the adapter, in fp32, or every weight, in fp32.
+
+    Frozen weights are held in the computation's own number format; trained ones are not, because updates are smaller
+    than what bf16 can resolve.
+    """
+    config = preparation.config
+    attention = None
+    if config.speed.flash_attention_2:
+        if preparation.device.type == "cuda" and find_spec("flash_attn") is not None:
+            attention = "flash_attention_2"
+        else:
+            reporter.note("flash_attention_2 needs a CUDA GPU and the flash-attn package; PyTorch's attention is used")
+    model = load_base_model(
+        _weights_directory(preparation),
+        dtype=DTYPES[config.speed.dtype if config.adapter is not None else "fp32"],
+        attention=attention,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    if config.speed.gradient_checkpointing:
+        problem = enable_activation_checkpointing(model)
+        if problem:
+            reporter.note(problem)
+    if config.adapter is None:
+        return model
+    if preparation.adapter is not None:
+        return continue_lora(model, preparation.adapter)
+    return add_lora(model, config.adapter.options)
+
+
+def _weights_directory(preparation: Preparation) -> Any:
+    return as_plain_directory(preparation.weights_source, Path(preparation.config.data.cache_dir))
+
+
+def _base_model_name(preparation: Preparation) -> str:
+    """Name the base model so that PEFT finds it again: by its hub id, or by the directory of its plain weights."""
+    source = preparation.weights_source
+    return str(_weights_directory(preparation).directory) if source.is_local else source.name
+
+
+def _is_milestone(config: ResolvedConfig, steps_per_epoch: int, last_step: int, step: int) -> bool:
+    every = config.checkpoint.frequency * (steps_per_epoch if config.checkpoint.unit == "epochs" else 1)
+    return step == last_step or step % every == 0

@@ -1,0 +1,246 @@
+"""The schema itself: every key is documented, has an effect, and agrees with PEFT, the data room and the JSON Schema."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llmforge.config import Derived, FineTuningConfig, json_schema, load_config, refuse_unavailable, resolve
+from llmforge.config.lora_schema import LoraConfig
+from llmforge.config.old_keys import OLD_KEYS
+from llmforge.config.schema import COLUMNS
+from llmforge.config.words import alternatives, keys_at, schemas_at
+from llmforge.errors import NotAvailableError
+
+DERIVED = {
+    "context_length": Derived(512, "test"),
+    "num_epochs": Derived(3, "test"),
+    "train_batch_size_per_device": Derived(8, "test"),
+    "gradient_accumulation_steps": Derived(2, "test"),
+    "dtype": Derived("fp32", "test"),
+    "custom_model_tag": Derived("tag", "test"),
+}
+MINIMAL = {"model_id": "org/model", "train_path": "train.jsonl"}
+TEMPLATES = dict.fromkeys(("system", "user", "assistant", "trailing_assistant"), "{system}{instruction}")
+
+# What has to be there before a key can be changed, by the beginning of its dotted name.
+AROUND: dict[str, dict[str, Any]] = {
+    "lora_config": {"lora_config": {}},
+    "initial_adapter_model_ckpt_path": {"lora_config": {}},
+    "quantization": {"lora_config": {}},
+    "classifier_config": {"classifier_config": {"label_tokens": ["a", "b"]}},
+    "preference_tuning_config": {"preference_tuning_config": {"logprob_processor_scaling_config": {}}},
+    "vision_language_config": {"vision_language_config": {}},
+    "deepspeed": {"deepspeed": {"config_path": "a.json"}},
+    "liger_kernel": {"liger_kernel": {"enabled": True, "kwargs": {}}},
+    "torch_compile_config": {"torch_compile_config": {}},
+    "logger": {"logger": {"provider": "wandb"}},
+    "eval_first": {"valid_path": "valid.jsonl"},
+    "padding": {"context_length": 512},
+    "generation_config.prompt_format": {"generation_config": {"prompt_format": TEMPLATES}},
+    "generation_config.prompt_format.chat_template": {"generation_config": {}},
+    "generation_config.prompt_format.use_hf_chat_templates": {"generation_config": {}},
+}
+# Values that cannot be made from the schema alone.
+CHANGED: dict[str, Any] = {
+    "columns": {"messages": "conversation"},
+    "classifier_config.label_tokens": ["c", "d"],
+    "padding": "max_length",
+    "lora_config.layers_to_transform": None,  # below, with a list of target_modules
+    "parallel": "fsdp2",
+}
+
+
+def key_paths() -> Iterator[tuple[str, ...]]:
+    """Yield the path of every key of the config, sections and what is in them."""
+
+    def walk(path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        for key in keys_at(path):
+            yield (*path, key)
+            yield from walk((*path, key))
+
+    yield from walk(())
+
+
+def another(schemas: list[Mapping[str, Any]], value: Any) -> Any:
+    """Make a valid value that differs from `value`."""
+    for schema in schemas:
+        for choice in schema.get("enum", [schema["const"]] if "const" in schema else []):
+            if choice != value:
+                return choice
+        match schema.get("type"):
+            case "boolean":
+                return value is not True
+            case "integer":
+                return max(schema.get("minimum", 0), value if isinstance(value, int) else 0) + 1
+            case "number":
+                return (value or 0.5) / 2 if value else 0.25
+            case "string" if "pattern" not in schema:
+                return "{instruction} changed {system}"
+            case "array" if schema.get("items"):
+                return [another(alternatives(schema["items"]), None)]
+            case "array":
+                return [[0, 2]]
+            case "object" if not schema.get("properties"):
+                inner = schema.get("additionalProperties")
+                return {"a": another(alternatives(inner), None) if isinstance(inner, Mapping) and inner else 1}
+    raise AssertionError(schemas)
+
+
+def put(data: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """Return a deep copy of `data` with the value at `path` set."""
+    copy = json.loads(json.dumps(data))
+    section = copy
+    for part in path[:-1]:
+        section = section.setdefault(part, {})
+    section[path[-1]] = value
+    return copy
+
+
+def sections(data: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the resolved sections of a config; raises NotAvailableError as a run would."""
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    loaded = load_config(path)
+    refuse_unavailable(loaded)
+    resolved = resolve(loaded, DERIVED)
+    return {
+        field.name: getattr(resolved, field.name)
+        for field in dataclasses.fields(resolved)
+        if field.name not in ("values", "origins")
+    }
+
+
+@pytest.mark.parametrize("path", [*key_paths()], ids=".".join)
+def test_every_key_has_an_effect_or_is_refused(path: tuple[str, ...], tmp_path: Path) -> None:
+    name = ".".join(path)
+    matching = [start for start in AROUND if name == start or name.startswith(f"{start}.")]
+    around = MINIMAL | (AROUND[max(matching, key=len)] if matching else {})
+    schemas = schemas_at(path)
+    if keys_at(path):
+        return  # a section: each of its keys is its effect
+    if name == "lora_config.layers_to_transform":
+        around, changed = MINIMAL | {"lora_config": {"target_modules": ["q_proj"]}}, [1]
+    elif name in CHANGED:
+        changed = CHANGED[name]
+    else:
+        current = around
+        for part in path:
+            current = current.get(part) if isinstance(current, dict) else None
+        if current is None and len(path) == 1:
+            current = FineTuningConfig.model_fields[name].default
+        changed = another(schemas, current if current is not None else schemas[0].get("default"))
+        if schemas[0].get("type") == "boolean" or {"boolean"} & {schema.get("type") for schema in schemas}:
+            changed = not default_of(path)
+        elif default_of(path) == changed:
+            changed = another([schema | {"minimum": changed + 1} for schema in schemas], changed)
+
+    after = put(around, path, changed)
+    try:
+        result = sections(after, tmp_path / "after.yaml")
+    except NotAvailableError as refusal:
+        assert any(path[0] in line for line in str(refusal).splitlines()), refusal
+        return
+    assert result != sections(around, tmp_path / "before.yaml"), f"{name}: {changed!r} changes nothing"
+
+
+def default_of(path: tuple[str, ...]) -> Any:
+    """Return the default in the JSON Schema of the key at `path`."""
+    for schema in schemas_at(path[:-1]):
+        if path[-1] in schema.get("properties", {}):
+            default = schema["properties"][path[-1]].get("default")
+            return False if default == "auto" else default
+    return None
+
+
+def test_every_key_is_documented() -> None:
+    for path in key_paths():
+        described = [
+            schema["properties"][path[-1]] for schema in schemas_at(path[:-1]) if path[-1] in schema["properties"]
+        ]
+        assert all(len(schema.get("description", "")) > 8 for schema in described), path
+
+
+def test_lora_fields_are_those_of_peft() -> None:
+    peft = pytest.importorskip("peft")
+    theirs = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert set(LoraConfig.model_fields) == theirs
+
+
+def test_lora_options_make_a_peft_config(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            MINIMAL
+            | {
+                "lora_config": {
+                    "r": 4,
+                    "target_modules": ["q_proj", "lm_head"],
+                    "modules_to_save": [],
+                    "rank_pattern": {"q_proj": 2},
+                    "trainable_token_indices": {"embed_tokens": [1, 2]},
+                    "layer_replication": [[0, 2], [1, 3]],
+                    "use_rslora": True,
+                }
+            }
+        )
+    )
+    adapter = resolve(load_config(path), DERIVED).adapter
+    assert adapter is not None
+    config = peft.LoraConfig(**adapter.options)
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (4, 8, 0.0, "none")
+    assert config.target_modules == {"q_proj", "lm_head"}
+    assert config.trainable_token_indices == {"embed_tokens": [1, 2]}
+    assert config.use_rslora is True
+
+
+def test_columns_are_those_that_data_reads() -> None:
+    from llmforge.data.rows import FORMATS
+
+    assert {name: set(columns) for name, columns in COLUMNS.items()} == {
+        name: {*needed, *optional} for name, (needed, optional) in FORMATS.items()
+    }
+
+
+def test_prompt_format_keys_are_those_of_the_prompt_room() -> None:
+    from llmforge.config import PromptFormatSection
+    from llmforge.prompt import PromptFormat
+
+    assert set(PromptFormatSection.model_fields) == {
+        *PromptFormat.model_fields,
+        "use_hf_chat_templates",
+        "chat_template",
+    }
+    for key, field in PromptFormat.model_fields.items():
+        if not field.is_required():
+            assert PromptFormatSection.model_fields[key].default == field.default
+
+
+def test_json_schema_describes_the_file() -> None:
+    schema = json_schema()
+    json.dumps(schema)
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert schema["additionalProperties"] is False
+    assert schema["required"] == ["model_id", "train_path"]
+    properties = schema["properties"]
+    assert set(properties) == set(FineTuningConfig.model_fields) | set(OLD_KEYS)
+    assert all(properties[key]["deprecated"] for key in OLD_KEYS)
+    assert properties["num_warmup_steps"]["default"] == 10
+    assert {"type": "null"} in properties["num_warmup_steps"]["anyOf"]
+    assert {"type": "integer", "minimum": 0} in properties["num_warmup_steps"]["anyOf"]
+    assert {"type": "null"} not in properties["model_id"].get("anyOf", [])
+
+
+def test_json_schema_agrees_with_the_loader() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(json_schema())
+    for file in sorted((Path(__file__).parent / "configs").glob("*.yaml")):
+        source = load_config(file)
+        from llmforge.config.yaml_source import read_source
+
+        assert not list(validator.iter_errors(read_source(file).data)), source.path
+    assert list(validator.iter_errors(MINIMAL | {"num_epohcs": 3}))
