@@ -4,14 +4,21 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmforge.config import FineTuningConfig, LoadedConfig, load_config
+from llmforge.config.lora_schema import LoraConfig
+from llmforge.config.old_keys import OLD_KEYS
 from llmforge.errors import ConfigError
 
 CONFIGS = Path(__file__).parent / "configs"
 MINIMAL = "model_id: org/model\ntrain_path: train.jsonl\n"
+MODEL_AND_DATA = {"model_id": "org/model", "train_path": "train.jsonl"}
 TEMPLATES = """\
 generation_config:
   prompt_format:
@@ -46,7 +53,7 @@ def load(tmp_path: Path) -> Loader:
     return Loader(tmp_path / "c.yaml")
 
 
-# --- what is accepted --------------------------------------------------------------------------------------------------
+# --- what is accepted -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
@@ -113,7 +120,7 @@ def test_anchors_and_merge_keys(load: Loader) -> None:
     assert load(text).config.trainer_resources == {"a": 1, "b": 3}
 
 
-# --- unreadable files --------------------------------------------------------------------------------------------------
+# --- unreadable files -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -178,7 +185,7 @@ def test_aliases_cannot_blow_up(load: Loader) -> None:
     assert "nested too deeply" in load.fails("a: " + "[" * 5000 + "]" * 5000)[0]
 
 
-# --- wrong keys and values ---------------------------------------------------------------------------------------------
+# --- wrong keys and values --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -371,7 +378,39 @@ def test_misspelt_key_after_an_empty_mapping_is_just_misspelt(load: Loader) -> N
     ]
 
 
-# --- old keys ----------------------------------------------------------------------------------------------------------
+KEYS = sorted({*FineTuningConfig.model_fields, *OLD_KEYS, *LoraConfig.model_fields, "prompt_format", "uri", "x"})
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 9)
+    | st.floats()
+    | st.sampled_from(["", "a", "auto", "8bit", "true", "1"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=6))
+def test_anything_loads_or_is_a_config_error(tmp_path_factory: pytest.TempPathFactory, data: dict[str, Any]) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(yaml.safe_dump(MODEL_AND_DATA | data), encoding="utf-8")
+    try:
+        load_config(path)
+    except ConfigError as error:
+        assert all(line.startswith(str(path)) for line in str(error).splitlines())  # noqa: PT017
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text("abr:-_[]{}#&*!|>'\"%@`,? \n\t\\0é\x00\x85\u2028", max_size=60))
+def test_any_text_is_a_config_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(text, encoding="utf-8", newline="")
+    with pytest.raises(ConfigError):
+        load_config(path)
+
+
+# --- old keys ---------------------------------------------------------------------------------------------
 
 
 def test_old_keys_are_translated(load: Loader) -> None:
@@ -418,7 +457,7 @@ def test_min_update_steps_beside_num_epochs_is_noted(load: Loader) -> None:
     assert "has no effect" in load(MINIMAL + "num_epochs: 3\nmin_update_steps: 50\n").notes[0]
 
 
-# --- overrides ---------------------------------------------------------------------------------------------------------
+# --- overrides --------------------------------------------------------------------------------------------
 
 
 def test_overrides(load: Loader) -> None:
@@ -431,7 +470,7 @@ def test_overrides(load: Loader) -> None:
     assert config.logger is not None
     assert load(text, "lora_config=null").config.lora_config is None
     assert load(text, "lora_config=").config.lora_config is None
-    assert load(MINIMAL, "stopping=1".replace("stopping", "seed")).config.seed == 1
+    assert load(MINIMAL, "seed=1").config.seed == 1
     assert load(MINIMAL, "train_path=[a.jsonl, b.jsonl]").config.train_path == ("a.jsonl", "b.jsonl")
     assert load(MINIMAL, "custom_model_tag=a=b").config.custom_model_tag == "a=b"
     assert load(MINIMAL, "train_path=hf://datasets/o/d").config.train_path == "hf://datasets/o/d"
@@ -465,7 +504,7 @@ def test_an_override_repairs_a_wrong_value(load: Loader) -> None:
     assert load(MINIMAL + "seed: x\n", "seed=3").config.seed == 3
 
 
-# --- default mode ------------------------------------------------------------------------------------------------------
+# --- default mode -----------------------------------------------------------------------------------------
 
 
 def test_default_mode_chooses_lora(load: Loader) -> None:
@@ -483,7 +522,7 @@ def test_default_mode_refuses_what_it_chooses(load: Loader) -> None:
     assert "drop --default" in lines[0]
 
 
-# --- origins -----------------------------------------------------------------------------------------------------------
+# --- origins ----------------------------------------------------------------------------------------------
 
 
 def test_every_value_knows_its_origin(load: Loader) -> None:
@@ -501,7 +540,7 @@ def test_every_value_knows_its_origin(load: Loader) -> None:
     assert loaded.text.startswith("model_id")
 
 
-# --- what it costs -----------------------------------------------------------------------------------------------------
+# --- what it costs ----------------------------------------------------------------------------------------
 
 
 def test_importing_config_loads_nothing_heavy() -> None:

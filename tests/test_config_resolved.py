@@ -137,7 +137,7 @@ def test_each_line_of_the_resolved_config_says_where_it_comes_from(tmp_path: Pat
     assert "  lora_alpha: 8  # derived: 2 × r" in lines
     assert "  bias: none  # default" in lines
     assert "valid_path: null  # not set: no evaluation" in lines
-    assert "learning_rate: 0.0001  # derived: LoRA" in lines
+    assert "learning_rate: 0.0001  # derived: usual for LoRA" in lines
 
 
 def test_other_yaml_readers_read_the_same_values(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_any_text_survives_the_round_trip(
     assert resolve(load_config(path), {}).values["generation_config"]["prompt_format"] == templates
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_all_refusals_come_together() -> None:
     assert caught.value.line == 5
 
 
-# --- derived values ----------------------------------------------------------------------------------------------------
+# --- derived values ---------------------------------------------------------------------------------------
 
 
 @given(longest=st.integers(0, 200_000), native=st.none() | st.integers(1, 150_000))
@@ -255,7 +255,7 @@ def test_num_epochs(least: int, per_epoch: int) -> None:
 
 
 def facts(**changes: Any) -> MemoryFacts:
-    tiny = dict(hidden_size=576, num_layers=30, vocab_size=49152, bytes_per_value=4, is_lora=True)
+    tiny = {"hidden_size": 576, "num_layers": 30, "vocab_size": 49152, "bytes_per_value": 4, "is_lora": True}
     return MemoryFacts(
         **{**tiny, "gradient_checkpointing": False, "on_cpu": True, "available_bytes": 8 << 30, **changes}
     )

@@ -118,7 +118,9 @@ def test_urls_go_through_fsspec(here):
             find(url)
 
 
-@pytest.mark.parametrize(("url", "module", "extra"), [("s3://b/x.jsonl", "s3fs", "s3"), ("gs://b/x.jsonl", "gcsfs", "gcs")])
+@pytest.mark.parametrize(
+    ("url", "module", "extra"), [("s3://b/x.jsonl", "s3fs", "s3"), ("gs://b/x.jsonl", "gcsfs", "gcs")]
+)
 def test_a_missing_package_names_the_extra(here, monkeypatch, url, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, url[:2], raising=False)
@@ -174,7 +176,9 @@ def test_damaged_files_say_so(here):
 
 
 def test_blocks_are_cut_at_newlines_and_nothing_is_lost(here):
-    text = "".join(f'{{"text": "{"x" * (n * 7 % 90)}"}}' + ("\r\n" if n % 3 else "\n") + "\n" * (n % 2) for n in range(300))
+    text = "".join(
+        f'{{"text": "{"x" * (n * 7 % 90)}"}}' + ("\r\n" if n % 3 else "\n") + "\n" * (n % 2) for n in range(300)
+    )
     write(here / "x.jsonl", text.rstrip("\n"))
     for block_bytes in (1, 50, 1000, 10**6):
         blocks = list(read_blocks("x.jsonl", block_bytes))

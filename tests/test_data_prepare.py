@@ -88,7 +88,9 @@ def write_rows(path, rows):
 
 def run(files, cache_dir, encode=None, **options):
     options = {"layout": RowLayout(), "fingerprint": "bytes", "workers": 1, **options}
-    return prepare([files] if isinstance(files, str) else files, encode=encode or Bytes(), cache_dir=cache_dir, **options)
+    return prepare(
+        [files] if isinstance(files, str) else files, encode=encode or Bytes(), cache_dir=cache_dir, **options
+    )
 
 
 def samples_of(prepared):
@@ -153,9 +155,14 @@ def test_statistics(tmp_path):
 
 
 def test_content_hash_follows_the_content_and_its_order_not_the_names(tmp_path):
-    first, second = write_rows(tmp_path / "a.jsonl", rows_of_words(3)), write_rows(tmp_path / "b.jsonl", rows_of_words(4))
+    first, second = (
+        write_rows(tmp_path / "a.jsonl", rows_of_words(3)),
+        write_rows(tmp_path / "b.jsonl", rows_of_words(4)),
+    )
     same = write_rows(tmp_path / "c.jsonl", rows_of_words(3))
-    hashes = [run(files, tmp_path / "cache").content_hash for files in ([first, second], [same, second], [second, first])]
+    hashes = [
+        run(files, tmp_path / "cache").content_hash for files in ([first, second], [same, second], [second, first])
+    ]
     assert hashes[0] == hashes[1] != hashes[2]
 
 
@@ -168,8 +175,12 @@ good_row = st.builds(
 )
 special_row = st.sampled_from([json.dumps(chat("please unroll", "x" * n)) for n in (1, 30)])
 weightless_row = st.just(json.dumps(chat("question", "answer", weight=0)))
-bad_row = st.sampled_from(["{", "[]", "17", '{"messages": []}', json.dumps(chat("", "x")), json.dumps(chat("refuse", "x"))])
-garbage = st.binary(min_size=1, max_size=20).map(lambda data: data.replace(b"\n", b"")).filter(lambda data: data.strip())
+bad_row = st.sampled_from(
+    ["{", "[]", "17", '{"messages": []}', json.dumps(chat("", "x")), json.dumps(chat("refuse", "x"))]
+)
+garbage = (
+    st.binary(min_size=1, max_size=20).map(lambda data: data.replace(b"\n", b"")).filter(lambda data: data.strip())
+)
 blank = st.sampled_from([b"", b"  ", b"\t"])
 line = (good_row | special_row | weightless_row | bad_row).map(str.encode) | garbage | blank
 
@@ -206,7 +217,11 @@ def test_every_row_is_accounted_for(lines, newline, ends_with_newline, block_byt
     assert all(("reason" in row) == (row["status"] != "kept") for row in rows)
     assert sum(row["tokens"] for row in rows) == prepared.statistics.tokens
     assert sum(row["tokens"] - row["tokens_lost"] for row in rows) == dataset.lengths.sum()
-    assert sum(row["trained_tokens"] - row["trained_tokens_lost"] for row in rows) == dataset.trained_tokens.sum() == trained
+    assert (
+        sum(row["trained_tokens"] - row["trained_tokens_lost"] for row in rows)
+        == dataset.trained_tokens.sum()
+        == trained
+    )
     assert ledger.tokens_lost == sum(row["tokens_lost"] for row in rows)
     assert ledger.trained_tokens_lost == sum(row["trained_tokens_lost"] for row in rows)
     assert dataset.lengths.max() <= context_length
@@ -239,7 +254,10 @@ def test_what_becomes_of_long_rows(tmp_path):
         "tokens_lost": 3,
         "trained_tokens_lost": 3,
     }
-    assert [row.get("reason") for row in written[2:4]] == ["no trained token within context_length 8", "no trained token"]
+    assert [row.get("reason") for row in written[2:4]] == [
+        "no trained token within context_length 8",
+        "no trained token",
+    ]
 
     dataset = prepared.fit(8, "drop")
     assert dataset.lengths.tolist() == [8, 6]
@@ -247,14 +265,20 @@ def test_what_becomes_of_long_rows(tmp_path):
 
     with pytest.raises(DataError) as error:
         prepared.fit(8, "error")
-    assert str(error.value).startswith(f"{tmp_path}/x.jsonl:2: 11 tokens, more than context_length 8 (and 2 more like it")
+    assert str(error.value).startswith(
+        f"{tmp_path}/x.jsonl:2: 11 tokens, more than context_length 8 (and 2 more like it"
+    )
     assert "overlong: truncate" in str(error.value)
     assert "overlong: drop" in str(error.value)
 
 
 def test_a_data_set_of_which_nothing_is_left(tmp_path):
-    prepared = run(write_rows(tmp_path / "x.jsonl", [chat("12345", "abc"), chat("12345", "abcdef")]), tmp_path / "cache")
-    with pytest.raises(DataError, match=r"nothing is left .* context_length 4 and `overlong: drop`: the rows have 8 to 11"):
+    prepared = run(
+        write_rows(tmp_path / "x.jsonl", [chat("12345", "abc"), chat("12345", "abcdef")]), tmp_path / "cache"
+    )
+    with pytest.raises(
+        DataError, match=r"nothing is left .* context_length 4 and `overlong: drop`: the rows have 8 to 11"
+    ):
         prepared.fit(4, "drop")
     with pytest.raises(DataError, match="nothing is left"):
         prepared.fit(5, "truncate")
@@ -342,7 +366,14 @@ def test_damaged_shards_are_made_again(tmp_path):
     expected = samples_of(run(file, tmp_path / "cache", encode, block_bytes=10_000))
     shards = sorted((tmp_path / "cache").glob("*.arrow"))
     content = shards[1].read_bytes()
-    for damaged in (b"", b"ARROW1", content[:-1], content[: len(content) // 2], bytes(len(content)), shards[2].read_bytes()[:-9]):
+    for damaged in (
+        b"",
+        b"ARROW1",
+        content[:-1],
+        content[: len(content) // 2],
+        bytes(len(content)),
+        shards[2].read_bytes()[:-9],
+    ):
         shards[1].unlink()
         shards[1].write_bytes(damaged)
         assert not is_whole(shards[1])
@@ -418,7 +449,7 @@ def test_half_written_shards_of_killed_runs_are_swept_up(tmp_path):
 def test_a_cache_that_cannot_be_written(tmp_path):
     file = write_rows(tmp_path / "x.jsonl", [chat("a", "b")])
     (tmp_path / "occupied").write_text("")
-    with pytest.raises(OutputError, match="occupied: prepared data cannot be written here"):
+    with pytest.raises(OutputError, match="occupied: prepared rows cannot be written here .*; .* set cache_dir"):
         run(file, tmp_path / "occupied")
 
 
@@ -451,7 +482,9 @@ def test_a_bug_in_an_encoder_surfaces_with_its_place(tmp_path, workers):
 
 def test_a_worker_that_dies_is_said_to_have_died(tmp_path):
     file = write_rows(tmp_path / "x.jsonl", rows_of_words(1000))
-    with pytest.raises(RunError, match="a worker process was ended by signal 9; if memory ran out, use fewer workers"):
+    with pytest.raises(
+        RunError, match="a worker process was ended by signal 9; if memory ran out, set a smaller data_workers"
+    ):
         run(file, tmp_path / "cache", dies, workers=2, block_bytes=10_000)
 
 
@@ -465,7 +498,9 @@ def test_a_script_without_a_main_guard_may_use_workers(tmp_path):
         f"print(run({file!r}, Path({str(tmp_path / 'cache')!r}), workers=2, block_bytes=10_000).statistics.rows)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    output = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=True
+    ).stdout
     assert output.split() == ["started", "1000"]
 
 
@@ -495,7 +530,12 @@ def test_ctrl_c_ends_a_run_with_workers_at_once(tmp_path):
 
 def test_progress_counts_rows(tmp_path):
     seen = []
-    run(write_rows(tmp_path / "x.jsonl", rows_of_words(1000)), tmp_path / "cache", block_bytes=10_000, progress=seen.append)
+    run(
+        write_rows(tmp_path / "x.jsonl", rows_of_words(1000)),
+        tmp_path / "cache",
+        block_bytes=10_000,
+        progress=seen.append,
+    )
     assert seen == sorted(seen)
     assert seen[-1] == 1000
     assert len(seen) > 5

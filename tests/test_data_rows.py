@@ -65,7 +65,11 @@ def problem_in_file(tmp_path, line: bytes, layout=MESSAGES):
         ),
         (RowLayout("text", needs_assistant=False), {"text": "hi"}, [USER]),
         (RowLayout("alpaca"), {"messages": [USER, ASSISTANT]}, [USER, ASSISTANT]),
-        (MESSAGES, {"messages": [USER, {**ASSISTANT, "weight": 1.0, "name": None}]}, [USER, {**ASSISTANT, "weight": 1}]),
+        (
+            MESSAGES,
+            {"messages": [USER, {**ASSISTANT, "weight": 1.0, "name": None}]},
+            [USER, {**ASSISTANT, "weight": 1}],
+        ),
         (RowLayout(needs_assistant=False), {"messages": [USER]}, [USER]),
         (MESSAGES, {"messages": [USER, ASSISTANT], "chosen": None, "rejected": None}, [USER, ASSISTANT]),
     ],
@@ -104,7 +108,10 @@ def test_tools_and_tool_calls_are_kept():
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "message 2 has empty content, expected text"),
         ({"messages": [{"role": "system", "content": ""}, USER, ASSISTANT]}, "message 1 has empty content"),
         ({"messages": [USER, {"role": "assistant", "content": 42}]}, "message 2 has the number 42 as content"),
-        ({"messages": [USER, {"role": "assistant", "content": b"x"}]}, "message 2 has a value of type bytes as content"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": b"x"}]},
+            "message 2 has a value of type bytes as content",
+        ),
         ({"messages": [USER, {"role": "assistant", "content": ["x"]}]}, "message 2 has a list as content"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ASSISTANT]},
@@ -116,7 +123,10 @@ def test_tools_and_tool_calls_are_kept():
         ({"messages": [USER, {**ASSISTANT, "weight": True}]}, "message 2 has weight True, expected 0 or 1"),
         ({"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, "message 2 has weight 0.5, expected 0 or 1"),
         ({"messages": [{**USER, "weight": 1}, ASSISTANT]}, "message 1 has a weight and role 'user'"),
-        ({"messages": [USER]}, "no assistant turn (roles: 'user'), expected at least one; `task: causal_lm` needs none"),
+        (
+            {"messages": [USER]},
+            "no assistant turn (roles: 'user'), expected at least one; `task: causal_lm` needs none",
+        ),
         ({"messages": [ASSISTANT]}, "no user turn (roles: 'assistant')"),
         ({"messages": [SYSTEM, USER, SYSTEM, ASSISTANT]}, "2 system messages, expected at most one"),
         ({"chosen": [USER, ASSISTANT]}, "'chosen' without 'rejected'"),
@@ -154,7 +164,9 @@ def test_bad_rows_of_the_other_formats(layout, row, says):
 def test_a_layout_that_does_not_exist():
     with pytest.raises(DataError, match="choose one of messages, prompt_completion, alpaca, sharegpt, text"):
         RowLayout("jsonl")
-    with pytest.raises(DataError, match="'question' is not a column of data_format 'prompt_completion', which has prompt"):
+    with pytest.raises(
+        DataError, match="'question' is not a column of data_format 'prompt_completion', which has prompt"
+    ):
         RowLayout("prompt_completion", {"question": "prompt"})
 
 
@@ -179,12 +191,30 @@ def test_lines_that_are_not_json(tmp_path, line, says):
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["user", "assistant"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["user", "assistant"]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
             st.sampled_from(
-                ["messages", "role", "content", "weight", "type", "tools", "from", "value", "prompt", "chosen", "text", "x"]
+                [
+                    "messages",
+                    "role",
+                    "content",
+                    "weight",
+                    "type",
+                    "tools",
+                    "from",
+                    "value",
+                    "prompt",
+                    "chosen",
+                    "text",
+                    "x",
+                ]
             ),
             inner,
             max_size=4,
@@ -215,7 +245,8 @@ def test_parquet_and_jsonl_of_the_same_rows_read_alike(tmp_path):
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet", row_group_size=2)
     from_jsonl, from_parquet = (
-        [(row.line, row.content) for row in read_rows([str(tmp_path / name)], MESSAGES)] for name in ("x.jsonl", "x.parquet")
+        [(row.line, row.content) for row in read_rows([str(tmp_path / name)], MESSAGES)]
+        for name in ("x.jsonl", "x.parquet")
     )
     assert from_parquet[:4] == from_jsonl[:4]
     assert [isinstance(content, RowProblem) for _, content in from_parquet] == [False, False, True, True, True]

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -105,10 +106,12 @@ def test_events_are_one_json_object_a_line_with_a_utc_time(tmp_path: Path) -> No
 def test_values_that_json_lacks_are_null_and_named(tmp_path: Path) -> None:
     with EventLog(tmp_path / "e") as log:
         log.event("step", train_loss=float("nan"), metrics={"f1": float("-inf"), "n": 1})
-    (event,) = read_events(tmp_path / "e")
+    event = json.loads((tmp_path / "e").read_text())
     assert event["train_loss"] is None
     assert event["metrics"] == {"f1": None, "n": 1}
     assert event["non_finite"] == {"train_loss": "nan", "metrics.f1": "-inf"}
+    (read,) = read_events(tmp_path / "e")
+    assert math.isnan(read["train_loss"])
     with EventLog(tmp_path / "e") as log, pytest.raises(TypeError, match=r"step_seconds: object"):
         log.event("step", step_seconds=object())
 

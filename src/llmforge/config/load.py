@@ -127,7 +127,7 @@ class _Draft:
                 )
             )
 
-    # --- places -------------------------------------------------------------------------------------------------------
+    # --- places --------------------------------------------------------------------------------------------
 
     def override_of(self, path: KeyPath) -> str | None:
         """Return the override that set the value at `path`, around it, or in it where the file has nothing there."""
@@ -169,7 +169,7 @@ class _Draft:
         override = self.override_of(path)
         self.notes.append(f"{override or f'{self.source.file}:{self.line_of(path)}'}: {text}")
 
-    # --- steps --------------------------------------------------------------------------------------------------------
+    # --- steps ---------------------------------------------------------------------------------------------
 
     def apply_default_mode(self) -> None:
         """Refuse keys that `--default` chooses, and choose them."""
@@ -310,7 +310,7 @@ class _Draft:
         first = faults[0]
         raise ConfigError("\n".join(texts), file=self.source.file if first.override is None else None, line=first.line)
 
-    # --- results ------------------------------------------------------------------------------------------------------
+    # --- results -------------------------------------------------------------------------------------------
 
     def origins(self) -> dict[str, Origin]:
         """Return the origin of every top-level key and of every nested key that was written."""
@@ -345,9 +345,11 @@ class _Draft:
 
 
 def _belongs(key: str, section: KeyPath, top: set[str]) -> bool:
-    """Tell whether a key at the top level can be one that `section` lost; where keys are free, a misspelt one is not."""
+    """Tell whether a key at the top level can be one that `section` lost. Where keys are free, a misspelt one is not."""
     known = words.keys_at(section)
-    return key in known if known else words.takes_any_key(section) and words.nearest(key, top) is None
+    if known:
+        return key in known
+    return words.takes_any_key(section) and (len(section) > 1 or words.nearest(key, top) is None)
 
 
 def _override_path(parts: list[str]) -> tuple[str, ...]:

@@ -215,6 +215,7 @@ def resolve(
     config = loaded.config
     origins = dict(loaded.origins)
     values = {key: _plain(value) for key, value in config}
+    values |= located or {}
 
     def decide(key: str, rule: Derived) -> None:
         if values[key] is None or values[key] == "auto":
@@ -235,7 +236,10 @@ def resolve(
         else Derived("causal_lm", "no task's section is given"),
     )
     lora = config.lora_config
-    decide("learning_rate", Derived(1e-4, "LoRA") if lora else Derived(1e-5, "all parameters are trained"))
+    decide(
+        "learning_rate",
+        Derived(1e-4, "usual for LoRA") if lora else Derived(1e-5, "usual where all parameters are trained"),
+    )
     decide("eval_batch_size_per_device", derive.eval_batch_size(values["train_batch_size_per_device"]))
     decide("packing", Derived(False, "sequences of similar length share a batch instead"))
     if not values["packing"]:

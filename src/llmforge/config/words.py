@@ -184,6 +184,8 @@ def what_to_change(value: Any, schemas: list[Schema]) -> str:
             return "remove the quotes"
         if "boolean" in kinds and value.lower() in ("true", "false"):
             return "remove the quotes"
+        if not value:
+            return "write something, or remove the key"
         if "array" in kinds and "string" not in kinds:
             return f"write [{value}]"
     if isinstance(value, float) and "integer" in kinds and value.is_integer():

@@ -172,7 +172,7 @@ def _syntax_words(error: yaml.MarkedYAMLError) -> str:
         )
     if "expected a single document" in problem or "expected a single document" in (error.context or ""):
         return "the file holds several YAML documents (a line `---` starts the next); allowed: one; remove the others"
-    if "found undefined alias" in problem:
+    if "found undefined alias" in problem or "expected alphabetic or numeric character" in problem:
         return f"not valid YAML: {problem}; a value that starts with * or & needs quotes"
     if "cannot start any token" in problem:
         return f"not valid YAML: {problem}; put quotes around the value"
@@ -197,10 +197,10 @@ class _Reader:
         if self.values > _MOST_VALUES:
             raise ConfigError("the file expands to too many values; remove its aliases", file=self.source.file or None)
         if isinstance(node, yaml.MappingNode):
-            return self.mapping(node, path)
+            return self.mapping(node, path) if node.tag == _TAG + "map" else self._refuse_tag(node)
         if isinstance(node, yaml.SequenceNode):
             if node.tag != _TAG + "seq":
-                self._refuse_tag(node)
+                return self._refuse_tag(node)
             return [self._item(item, (*path, index)) for index, item in enumerate(node.value)]
         return self._scalar(node)
 
@@ -209,8 +209,6 @@ class _Reader:
         return self.value(node, path)
 
     def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
-        if node.tag != _TAG + "map":
-            self._refuse_tag(node)
         result: dict[str, Any] = {}
         for key_node, value_node in self._pairs(node):
             key = self._key(key_node)
@@ -270,8 +268,7 @@ class _Reader:
                 return float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
             case "str" | "merge":
                 return text
-        self._refuse_tag(node)
-        return None
+        return self._refuse_tag(node)
 
     def _refuse_tag(self, node: yaml.Node) -> None:
         tag = node.tag.replace(_TAG, "!!")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmforge.errors import OutputError
+from llmforge.atomic import output_error
 
 ROWS_PER_WRITE = 65_536
 
@@ -100,7 +100,7 @@ class RowLedger:
             os.replace(temporary, path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise OutputError(f"{path}: the row ledger cannot be written ({error.strerror or error})") from error
+            raise output_error(error, path) from error
 
     def _lines(self, start: int, stop: int) -> Iterator[str]:
         # A million rows pass here, so the objects are written out by hand; only what varies is encoded.

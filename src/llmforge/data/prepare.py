@@ -24,9 +24,9 @@ from llmforge.data.blocks import BLOCK_BYTES, Block, read_blocks
 from llmforge.data.dataset import PreparedData
 from llmforge.data.files import without_secrets
 from llmforge.data.rows import RowEncoder, RowLayout
-from llmforge.data.shards import SHARD_VERSION, encode_block, is_whole, open_shard
+from llmforge.data.shards import SHARD_VERSION, encode_block, is_whole, open_shard, unwritable_cache
 from llmforge.data.workers import Workers
-from llmforge.errors import DataError, OutputError
+from llmforge.errors import DataError
 
 MIN_BLOCKS_FOR_WORKERS = 3  # fewer are encoded sooner than worker processes start
 PROBLEMS_SHOWN = 5
@@ -226,7 +226,7 @@ def _make_cache(directory: Path) -> None:
             if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
                 leftover.unlink(missing_ok=True)
     except OSError as error:
-        raise OutputError(f"{directory}: prepared data cannot be written here ({error.strerror})") from None
+        raise unwritable_cache(directory, error) from None
 
 
 def _cores() -> int:

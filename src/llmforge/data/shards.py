@@ -107,9 +107,17 @@ def encode_block(block: Block, path: Path, layout: RowLayout, encode: RowEncoder
     _write(shard, path)
 
 
+def unwritable_cache(directory: Path, error: OSError) -> OutputError:
+    """Say why shards cannot be written to `directory` and what to change."""
+    return OutputError(
+        f"{directory}: prepared rows cannot be written here ({error.strerror or error}); "
+        "free some space on its disk, or set cache_dir to another place"
+    )
+
+
 def open_shard(path: Path) -> Shard:
     """Map a shard into memory, in some 0.1 ms; its checksum is not looked at."""
-    return _read(path)[0]
+    return _shard(_batch(path))
 
 
 @lru_cache(maxsize=1024)  # a map that is kept costs address space, neither memory nor a file descriptor
@@ -121,9 +129,11 @@ def open_cached(path: Path) -> Shard:
 def is_whole(path: Path) -> bool:
     """Tell whether a shard is there and as it was written."""
     try:
-        shard, metadata = _read(path)
-        return metadata == {b"version": str(SHARD_VERSION).encode(), b"checksum": _checksum(shard).encode()}
-    except (OSError, ValueError, KeyError, pa.ArrowException):
+        batch = _batch(path)
+        batch.validate(full=True)  # before anything follows an offset
+        checksum = _checksum(_shard(batch))
+        return batch.schema.metadata == {b"version": str(SHARD_VERSION).encode(), b"checksum": checksum.encode()}
+    except Exception:  # in a damaged file anything can be missing or of the wrong type
         return False
 
 
@@ -191,16 +201,19 @@ def _write(shard: Shard, path: Path) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path.parent}: prepared data cannot be written here ({error.strerror or error})") from error
+        raise unwritable_cache(path.parent, error) from error
 
 
-def _read(path: Path) -> tuple[Shard, dict[bytes, bytes]]:
+def _batch(path: Path) -> pa.RecordBatch:
     with pa.memory_map(str(path)) as file:
-        batch = pa.ipc.open_file(file).get_batch(0)
+        return pa.ipc.open_file(file).get_batch(0)
+
+
+def _shard(batch: pa.RecordBatch) -> Shard:
     reasons = batch["reason"]
     samples = batch["samples"]
     input_ids, run_lengths, run_weights = (samples.values.field(index) for index in range(3))
-    shard = Shard(
+    return Shard(
         lines=batch["line"].to_numpy(),
         reasons=dict(_rejected(reasons)) if reasons.null_count < len(reasons) else {},
         sample_ends=samples.offsets.to_numpy(),
@@ -210,7 +223,6 @@ def _read(path: Path) -> tuple[Shard, dict[bytes, bytes]]:
         run_lengths=run_lengths.values.to_numpy(),
         run_weights=run_weights.values.to_numpy(),
     )
-    return shard, batch.schema.metadata
 
 
 def _rejected(reasons: pa.StringArray) -> Iterator[tuple[int, str]]:

@@ -85,7 +85,7 @@ class _Worker:
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
             code = self.process.wait()
             how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            raise RunError(f"a worker process {how}; if memory ran out, use fewer workers") from None
+            raise RunError(f"a worker process {how}; if memory ran out, set a smaller data_workers") from None
         if error is not None:
             raise error
         return answer

