@@ -1,9 +1,9 @@
-"""Measures how fast, and in how much memory, rows are checked and tokenised: first run, second run, and a run that is killed.
+"""Measures how fast, and in how much memory, rows are checked and tokenised: first run, second run, killed run.
 
     python benchmarks/prepare_rows.py --rows 1000000
 
-The rows are chats of 100 to 600 characters, made from a seed. Without --tokenizer (a directory), a byte-level BPE tokenizer of
-32,000 tokens is trained on a sample of them.
+The rows are chats of 100 to 600 characters, made from a seed. Without --tokenizer (a directory), a byte-level BPE
+tokenizer of 32,000 tokens is trained on a sample of them.
 """
 
 import argparse
@@ -149,6 +149,7 @@ def main() -> None:
             save_tokenizer(tokenizer, rows)
         print(f"{options.rows:,} rows, {rows.stat().st_size / 1e6:,.0f} MB", flush=True)
 
+        before = psutil.Process().memory_info().rss
         started = time.perf_counter()
         with PeakMemory() as peak:
             data = prepared(rows, tokenizer, directory / "cache", options.workers)
@@ -157,9 +158,9 @@ def main() -> None:
         shards = list((directory / "cache").glob("*.arrow"))
         print(f"first run: {seconds:.1f} s, {options.rows / seconds:,.0f} rows/s, {tokens / seconds:,.0f} tokens/s")
         print(
-            f"  peak memory: this process {peak.own / 1e6:,.0f} MB, largest worker {peak.child / 1e6:,.0f} MB, ", end=""
+            f"  peak memory: this process {peak.own / 1e6:,.0f} MB ({before / 1e6:,.0f} MB before it began), ", end=""
         )
-        print(f"all together {peak.together / 1e6:,.0f} MB")
+        print(f"largest worker {peak.child / 1e6:,.0f} MB, all together {peak.together / 1e6:,.0f} MB")
         print(f"  {len(shards)} shards, {sum(shard.stat().st_size for shard in shards) / 1e6:,.0f} MB", flush=True)
 
         started = time.perf_counter()
@@ -167,7 +168,7 @@ def main() -> None:
         print(f"second run: {time.perf_counter() - started:.1f} s, {len(data.shards)} shards used")
 
         started = time.perf_counter()
-        dataset = data.fit(128, "truncate")
+        dataset = data.fit(64, "truncate")
         print(f"fit: {time.perf_counter() - started:.2f} s, {dataset.ledger.counts}")
         started = time.perf_counter()
         dataset.ledger.write(directory / "ledger.jsonl")
@@ -186,11 +187,10 @@ def main() -> None:
         started = time.perf_counter()
         data = prepared(rows, tokenizer, again, options.workers)
         redone = sum(shard.stat().st_mtime_ns != times[shard] for shard in times)
+        seconds = time.perf_counter() - started
         print(
-            f"killed with {finished} of {len(data.shards)} shards done, resumed: {time.perf_counter() - started:.1f} s, ",
-            end="",
+            f"killed with {finished} of {len(data.shards)} shards done; resumed in {seconds:.1f} s, {redone} done again"
         )
-        print(f"{redone} of those done again")
 
 
 if __name__ == "__main__":

@@ -268,6 +268,16 @@ def test_all_problems_are_reported_together_in_the_order_of_the_file(load: Loade
     assert caught.value.file == str(load.path)
 
 
+def test_problems_inside_a_section_do_not_hide_problems_across_sections(load: Loader) -> None:
+    text = TEMPLATES.replace('user: "{instruction}"', 'user: "{instruction}"\n    system_in_user: true')
+    lines = load.fails(MINIMAL + text + "quantization: 4bit\npadding: max_length\n")
+    assert [line.split(": ")[1] for line in lines] == [
+        "generation_config.prompt_format.user",
+        "quantization",
+        "padding",
+    ]
+
+
 def test_a_wrong_key_does_not_cause_follow_up_errors(load: Loader) -> None:
     assert len(load.fails(MINIMAL + "quantization: 4bit\nlora_config: {r: none}\n")) == 1
 

@@ -1,6 +1,6 @@
 """The plan of steps: complete, repeatable, and the same examples per step however a step is split."""
 
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 from hypothesis import given
@@ -56,7 +56,7 @@ def test_samples_of_similar_length_share_a_micro_batch():
     lengths = np.random.default_rng(0).integers(1, 1000, 64)
     step = StepPlan(lengths, 8, 8, seed=0).micro_batches(0)
     ranges = [(lengths[batch].min(), lengths[batch].max()) for batch in step]
-    assert all(shorter_max <= longer_min for (longer_min, _), (_, shorter_max) in zip(ranges, ranges[1:], strict=False))
+    assert all(shorter_max <= longer_min for (longer_min, _), (_, shorter_max) in pairwise(ranges))
 
 
 @given(lengths=lengths_lists, size=st.integers(1, 9))

@@ -187,18 +187,16 @@ class _Draft:
     def find_lost_indentation(self) -> None:
         """Report keys that stand at the top level right after the empty section they belong to."""
         top = set(words.keys_at(())) | set(OLD_KEYS)
-        keys = list(self.data)
         opened: list[KeyPath] = []
         lost: dict[str, list[str]] = {}
-        for key in keys:
-            home = (
-                next((path for path in reversed(opened) if _belongs(key, path, top)), None) if key not in top else None
-            )
-            if home is None:
-                opened = []
+        for key in self.data:
+            homes = [] if key in top else [path for path in reversed(opened) if _belongs(key, path, top)]
+            if homes:
+                path = (*homes[0], key)
+                lost.setdefault(str(path[0]), []).append(key)
             else:
-                lost.setdefault(str(opened[0][0]), []).append(key)
-            path = (*home, key) if home else (key,)
+                path = (key,)
+                opened = []
             if self.data[key] is None and (words.keys_at(path) or words.takes_any_key(path)):
                 opened.append(path)
         for section, children in lost.items():
@@ -277,7 +275,7 @@ class _Draft:
         """Make the config; raises ConfigError with every problem of the draft."""
         config, wrongs = validated(self.data)
         keys = {str(wrong.path[0]) for wrong in wrongs}
-        if any(not wrong.others for wrong in wrongs):
+        if keys:
             # pydantic skips the checks across keys when a key is wrong. Run them on the keys that are right.
             stand_ins = {"model_id": "unknown", "train_path": "unknown"}
             rest = stand_ins | {key: value for key, value in self.data.items() if key not in keys}
@@ -345,7 +343,7 @@ class _Draft:
 
 
 def _belongs(key: str, section: KeyPath, top: set[str]) -> bool:
-    """Tell whether a key at the top level can be one that `section` lost. Where keys are free, a misspelt one is not."""
+    """Tell whether `section` can have lost a key to the top level; where keys are free, a misspelt one is not lost."""
     known = words.keys_at(section)
     if known:
         return key in known

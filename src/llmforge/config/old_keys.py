@@ -32,7 +32,7 @@ def _spread_over_epochs(value: int, config: Mapping[str, Any]) -> dict[str, Any]
     """At most `value` checkpoints in a run: every ceil(num_epochs / value) epochs, where the epochs are known."""
     epochs = config.get("num_epochs")
     fixed = {"checkpoint_and_evaluation_frequency", "checkpoint_every_n_epochs"} & set(config)
-    if fixed or not isinstance(epochs, int):
+    if fixed or not isinstance(epochs, int) or epochs < 1:
         return {}
     return _epochs_between(-(-epochs // value))
 

@@ -119,6 +119,7 @@ class Encoder:
     def tokenizer_fingerprint(self) -> str:
         """Hash the tokenizer: what it does to text, and its special tokens."""
         if self.tokenizer.is_fast:
+            self._tokenize([""])  # takes off the truncation and padding that a tokenizer file may hold
             rules = self.tokenizer.backend_tokenizer.to_str()
         else:
             rules = repr(sorted(self.tokenizer.get_vocab().items()))

@@ -104,13 +104,13 @@ def load_format(directory: Path, tokenizer: Any) -> tuple[Encoder, StopRules]:
         stop = StopRules(sequences=tuple(content["stopping_sequences"]), token_ids=tuple(content["stopping_tokens"]))
     except FileNotFoundError as error:
         raise PromptFormatError(f"{path} is missing; is {directory} an artifact that llmforge wrote?") from error
-    except (yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValidationError) as error:
         raise PromptFormatError(f"{path} is damaged: {error}") from error
     return Encoder(tokenizer, format), stop
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes templates in double quotes, the one style of YAML that keeps every character, line breaks like U+0085 too."""
+    """Writes templates in double quotes, the one style of YAML that keeps every character (U+0085, for one)."""
 
 
 _Dumper.add_representer(
