@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -144,6 +146,36 @@ def test_a_url_that_cannot_be_reached_keeps_its_secret(here):
     assert "ConnectionError" in str(error.value)
     assert "abc" not in str(error.value)
     assert "pass" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("missing.jsonl?key=abc", "does not exist"),
+        ("forbidden.jsonl?key=abc", "cannot be read: ClientResponseError: 403, message='Forbidden'"),
+    ],
+)
+def test_web_servers(here, path, says):
+    pytest.importorskip("aiohttp")
+
+    class Files(SimpleHTTPRequestHandler):
+        def send_head(self):
+            return self.send_error(403) if "forbidden" in self.path else super().send_head()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Files) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(DataError, match=says) as error:
+            find(f"{url}/{path}")
+        assert "abc" not in str(error.value)
+        write(here / "x.jsonl", ROW * 3)
+        assert len(list(read_rows(find(f"{url}/x.jsonl?key=abc"), RowLayout()))) == 3
+        server.shutdown()
+    with pytest.raises(DataError, match="cannot be read: ClientConnectorError"):
+        find(f"{url}/y.jsonl")
 
 
 def test_without_secrets_leaves_paths_alone():

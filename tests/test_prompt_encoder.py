@@ -297,6 +297,13 @@ def test_ids_are_those_of_the_whole_text(added):
                 [message for message in random_conversation(rng) if message["role"] != "system"] or chat("x")
             )
             assert encoder.encode_text(text) == direct_ids(tokenizer, text)
+        for text in (
+            "Stop!<|im_start|>user\nfox <|im_end|>  <|im_start|>assistant",
+            "<|im_start|>" * 3,
+            "",
+            " <|im_end|> \n",
+        ):
+            assert encoder.encode_text(text) == direct_ids(tokenizer, text)
 
 
 def test_shared_stretches_do_not_mix_up_rows(tokenizer):
@@ -446,6 +453,11 @@ def test_a_template_that_changes_the_answer_is_refused(tokenizer):
     stripping = CHATML_TEMPLATE.replace("message['content']", "message['content'] | trim")
     encoder = Encoder(tokenizer, template(stripping, tokenizer))
     assert trained_text(encoder, encode(encoder, chat("q", " answer\n"))[0]) == "answer<|im_end|>\n"
+
+
+def test_a_template_does_not_see_weights(tokenizer):
+    format = template("{% for m in messages %}{{ m | tojson }}{% endfor %}", tokenizer)
+    assert format.render([{"role": "user", "content": "q", "weight": 1}]) == '{"role": "user", "content": "q"}'
 
 
 def test_a_template_may_refuse_a_conversation(tokenizer):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 
 import fsspec
 import pyarrow as pa
@@ -166,7 +166,11 @@ def _readable(file: str, missing_is_fine: bool = False) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError) as error:
+        # fsspec says "not found" of every web server that does not give the file, and keeps the answer as the cause.
+        answer = error.__cause__ if file.lower().startswith("http") else None
+        if answer is not None and not str(answer).startswith("404"):
+            raise DataError(f"cannot be read: {_text(answer, file)}", file=shown) from None
         if not missing_is_fine:
             raise DataError(f"this file does not exist; give {ALLOWED}", file=shown) from None
     except PermissionError:
@@ -177,18 +181,23 @@ def _readable(file: str, missing_is_fine: bool = False) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG and missing_is_fine:
             return
-        raise DataError(f"cannot be read: {_without(file, error)}", file=shown) from None
+        raise DataError(f"cannot be read: {_text(error, file)}", file=shown) from None
     except Exception as error:
         # Buckets and hubs raise errors of their own (no credentials, connection refused, 403, 404).
         if not _is_url(file):
             raise
-        raise DataError(f"cannot be read: {_without(file, error)}", file=shown) from None
+        raise DataError(f"cannot be read: {_text(error, file)}", file=shown) from None
 
 
-def _without(file: str, error: Exception) -> str:
-    """Return an error's kind and text; only its kind if the file's URL carries a secret, which the text may repeat."""
+def _text(error: BaseException, file: str) -> str:
+    """Return an error's kind and text; only its kind where the text repeats a secret of the file's URL."""
     kind = type(error).__name__
-    return f"{kind}: {error}" if without_secrets(file) == file else kind
+    if not _is_url(file):
+        return f"{kind}: {error}"
+    text = unquote(re.sub(r"\w+://[^\s'\"]+", without_secrets(file), str(error)))
+    parts = urlsplit(file)
+    secrets = [parts.username, parts.password, *(value for _, value in parse_qsl(parts.query))]
+    return kind if any(secret and unquote(secret) in text for secret in secrets) else f"{kind}: {text}"
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Writes the artifact: the trained model as plain Hugging Face files that load without llmforge installed."""
 
+import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,62 @@ import transformers
 from safetensors import safe_open
 
 from llmforge.atomic import atomic_directory
-from llmforge.errors import RunError
+from llmforge.errors import InputError, RunError
 from llmforge.models.load import quiet
+from llmforge.models.source import ADAPTER_WEIGHTS
 from llmforge.prompt import Encoder, StopRules, chat_template_of, save_format
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Options that only sampling reads: to give one is to ask for sampling.
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_INSTEAD = {
+    "eos_token_id": "generation_config.stopping_tokens",
+    "stop_strings": "generation_config.stopping_sequences",
+    "max_tokens": "max_new_tokens",
+}
+# An answer is one text, produced token by token.
+_NOT_FOR_ANSWERS = ("num_beams", "num_return_sequences", "return_dict_in_generate", "output_scores", "output_logits")
+
+
+def build_generation_config(
+    encoder: Encoder, stop: StopRules, generate_kwargs: Mapping[str, Any]
+) -> transformers.GenerationConfig:
+    """Build what `generation_config.json` says: where an answer ends, and how its tokens are chosen.
+
+    A sampling option switches sampling on unless `do_sample` is given; a temperature of 0 means none.
+
+    Raises:
+        InputError: an option that transformers does not know, or a value that it refuses.
+    """
+    options = dict(generate_kwargs)
+    known = transformers.GenerationConfig().to_dict()
+    for name in options:
+        if name in _INSTEAD:
+            raise InputError(f"given {name}; use {_INSTEAD[name]} instead")
+        if name in _NOT_FOR_ANSWERS:
+            raise InputError(f"given {name}; an answer is one text, produced token by token; remove it")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise InputError(
+                f"given {name}; allowed are the fields of transformers' GenerationConfig"
+                + (f"; did you mean {near[0]}?" if near else ", such as max_new_tokens, temperature, top_p")
+            )
+    if options.get("temperature") == 0:
+        options = {name: value for name, value in options.items() if name not in _SAMPLING} | {"do_sample": False}
+    elif any(name in options for name in _SAMPLING):
+        options.setdefault("do_sample", True)
+    try:
+        generation = transformers.GenerationConfig(
+            eos_token_id=list(stop.token_ids) or None,
+            pad_token_id=encoder.tokenizer.pad_token_id,
+            bos_token_id=encoder.tokenizer.bos_token_id,
+            **options,
+        )
+        with quiet():
+            generation.validate(strict=True)
+    except (ValueError, TypeError) as error:
+        words = [line.removeprefix("- ") for line in str(error).splitlines() if not line.startswith("GenerationConfig is")]
+        raise InputError(f"transformers refuses it: {words[0]}") from error
+    return generation
 
 
 def write_artifact(
@@ -42,6 +94,7 @@ def write_artifact(
         RunError: what was written is not what was trained.
         OutputError: the disk is full or cannot be written to.
     """
+    generation = build_generation_config(encoder, stop, generate_kwargs)
     with quiet(), atomic_directory(directory) as temporary:
         if isinstance(model, peft.PeftModel):
             config = model.peft_config["default"]
@@ -51,16 +104,9 @@ def write_artifact(
             model.save_pretrained(temporary, save_embedding_layers=False)
             _check_adapter(temporary / ADAPTER_WEIGHTS, model)
         else:
+            model.generation_config = generation  # the base model's own may be one that transformers refuses to save
             model.to(dtype).save_pretrained(temporary)
         _save_tokenizer(temporary, encoder)
-        generation = transformers.GenerationConfig(
-            **{
-                "eos_token_id": list(stop.token_ids),
-                "pad_token_id": encoder.tokenizer.pad_token_id,
-                "bos_token_id": encoder.tokenizer.bos_token_id,
-                **generate_kwargs,
-            }
-        )
         generation.save_pretrained(temporary)
         save_format(temporary, encoder.format, stop)
         add_documents(temporary)

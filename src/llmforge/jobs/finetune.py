@@ -15,8 +15,9 @@ from llmforge.jobs.events import EventLog, Reporters, read_events, redact
 from llmforge.jobs.interruptions import remember_interrupts
 from llmforge.jobs.loggers import check_logger, make_logger
 from llmforge.jobs.manifest import build_manifest, read_manifest, write_manifest
-from llmforge.jobs.run import Run
+from llmforge.jobs.run import Run, has_finished, load_run
 from llmforge.jobs.run_directory import RunDirectory
+from llmforge.models.source import ModelSource
 from llmforge.train.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -52,14 +53,16 @@ def finetune(loaded: LoadedConfig, audience: Audience, *, dry_run: bool = False)
         return None
     directory.require_free_space(needed)
     write_atomically(directory.config, loaded.text)
-    write_atomically(directory.resolved_config, preparation.config.to_yaml())
     preparation.train.dataset.ledger.write(directory.rows)
     write_manifest(directory.manifest, _manifest(loaded, preparation))
+    write_atomically(directory.resolved_config, preparation.config.to_yaml())  # the last: with it a run can be resumed
     return _train(directory, preparation, audience)
 
 
 def resume(run_dir: Path, audience: Audience) -> Run:
     """Continue a run from its last checkpoint; its result is that of a run which never stopped.
+
+    A run that has finished is given back as it is. If its artifact is gone, it is written again.
 
     Raises:
         InputError: the directory holds no run, or its data or model have changed since.
@@ -68,9 +71,12 @@ def resume(run_dir: Path, audience: Audience) -> Run:
     directory = RunDirectory.open(run_dir)
     if not directory.resolved_config.is_file():
         raise ConfigError(
-            f"{directory.path} was stopped before its first step and holds nothing to continue; start it again with "
-            f"llmforge finetune {directory.config}"
+            f"{directory.path} was stopped while it was being prepared and holds nothing to continue; delete it and "
+            "start the run again from its YAML file"
         )
+    if has_finished(directory):
+        audience.note(f"{directory.path} has finished already; there is nothing to continue")
+        return load_run(directory.path)
     loaded = load_config(directory.resolved_config)
     preparation = _prepare(loaded, audience)
     _refuse_changes(read_manifest(directory.manifest), _manifest(loaded, preparation), directory)
@@ -170,7 +176,7 @@ def _manifest(loaded: LoadedConfig, preparation: "Preparation") -> dict[str, Any
             }
         }
 
-    source = preparation.weights_source
+    source, adapter = preparation.weights_source, preparation.adapter
     return build_manifest(
         config_hash=_hash(preparation.config.to_yaml()),
         data={**split("train"), **split("valid")},
@@ -178,6 +184,7 @@ def _manifest(loaded: LoadedConfig, preparation: "Preparation") -> dict[str, Any
         tokenizer_hash=preparation.encoder.tokenizer_fingerprint(),
         prompt_format_hash=preparation.encoder.format_fingerprint(),
         more={
+            "initial_adapter": {"hash": None if adapter is None else ModelSource(adapter.name, adapter).content_hash()},
             "device": preparation.device.type,
             "origins": {key: str(origin) for key, origin in preparation.config.origins.items()},
         },
@@ -194,6 +201,7 @@ def _refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], directory
         words
         for key, words in (
             ("base_model", "the base model"),
+            ("initial_adapter", "the adapter to continue"),
             ("tokenizer", "the tokenizer"),
             ("prompt_format", "the prompt format"),
         )

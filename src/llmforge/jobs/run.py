@@ -51,15 +51,20 @@ def load_run(run_dir: str | Path) -> Run:
         InputError: the directory is no run, or the run has not finished.
     """
     directory = RunDirectory.open(Path(run_dir))
-    events = read_events(directory.events) if directory.events.is_file() else []
-    finished = [event for event in events if event["event"] == "finished"]
-    if not finished or not directory.artifact.is_dir():
+    if not has_finished(directory):
         raise InputError(
             f"{directory.path} has not finished, so there is no model yet; continue it with "
             f"llmforge finetune --resume {directory.path}"
         )
-    started = next(event for event in reversed(events) if event["event"] == "started")
-    return Run(directory.path, started["tag"], finished[-1]["metrics"])
+    last = {event["event"]: event for event in read_events(directory.events)}
+    return Run(directory.path, last["started"]["tag"], last["finished"]["metrics"])
+
+
+def has_finished(directory: RunDirectory) -> bool:
+    """Say whether a run came to its end and its artifact is there."""
+    if not directory.events.is_file() or not directory.artifact.is_dir():
+        return False
+    return any(event["event"] == "finished" for event in read_events(directory.events))
 
 
 def find_artifact(path: Path) -> Path:

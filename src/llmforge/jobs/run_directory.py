@@ -3,6 +3,7 @@
 It knows names and space, not contents: who writes a file decides what is in it.
 """
 
+import errno
 import os
 import re
 import secrets
@@ -13,6 +14,7 @@ from pathlib import Path
 from llmforge.atomic import output_error, restore_replaced
 from llmforge.errors import InputError, OutputError
 
+_CONFIG, _MANIFEST = "config.yaml", "manifest.json"
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary siblings need some of them
 
 
@@ -22,19 +24,31 @@ class RunDirectory:
 
     path: Path
 
+    @staticmethod
+    def check(output_dir: Path, tag: str | None) -> None:
+        """Find out, at no cost and leaving nothing, whether a run (of this tag, where it is known) has a place here.
+
+        Raises OutputError when the place cannot be written to or holds another run, InputError for an unusable tag.
+        """
+        path = output_dir if tag is None else output_dir / safe_name(tag)
+        existing = _nearest_directory(path)
+        if not os.access(existing, os.W_OK | os.X_OK):
+            read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
+            raise output_error(OSError(errno.EROFS if read_only else errno.EACCES, ""), existing)
+        if tag is not None and existing == path and any(path.iterdir()):
+            raise OutputError(
+                f"{path} already holds a run; continue it with `llmforge finetune --resume {path}`, "
+                "or give the new run another custom_model_tag"
+            )
+
     @classmethod
     def create(cls, output_dir: Path, tag: str) -> "RunDirectory":
         """Make the directory of a new run and prove that it can be written to.
 
         Raises OutputError when the place cannot be written to or holds another run, InputError for an unusable tag.
         """
+        cls.check(output_dir, tag)
         path = output_dir / safe_name(tag)
-        _refuse_files_on_the_way(path)
-        if path.is_dir() and any(path.iterdir()):
-            raise OutputError(
-                f"{path} already holds a run; continue it with `llmforge finetune --resume {path}`, "
-                "or give the new run another custom_model_tag"
-            )
         try:
             path.mkdir(parents=True, exist_ok=True)
             probe = path / f".{secrets.token_hex(4)}.probe"
@@ -49,15 +63,15 @@ class RunDirectory:
         """Open the directory of an existing run. Raises InputError when `path` is none."""
         if not path.exists():
             raise InputError(f"{path} does not exist; give the directory of a run{_runs_beside(path)}")
-        if (path / "config.yaml").is_file():
+        if _is_run(path):
             run = cls(path)
             for parent in (run.path, run.checkpoints):
                 restore_replaced(parent)
             return run
-        if (path.parent / "config.yaml").is_file():
+        if _is_run(path.parent):
             raise InputError(f"{path} lies inside a run; give the run's own directory, {path.parent}")
         raise InputError(
-            f"{path} is not the directory of a run (it has no config.yaml){_runs_beside(path / 'run')}"
+            f"{path} is not the directory of a run (it has no {_MANIFEST}){_runs_beside(path / 'run')}"
             if path.is_dir()
             else f"{path} is a file; give the directory of a run"
         )
@@ -65,7 +79,7 @@ class RunDirectory:
     @property
     def config(self) -> Path:
         """The config as given."""
-        return self.path / "config.yaml"
+        return self.path / _CONFIG
 
     @property
     def resolved_config(self) -> Path:
@@ -75,7 +89,7 @@ class RunDirectory:
     @property
     def manifest(self) -> Path:
         """Versions and hashes."""
-        return self.path / "manifest.json"
+        return self.path / _MANIFEST
 
     @property
     def events(self) -> Path:
@@ -125,21 +139,31 @@ def safe_name(tag: str) -> str:
     return name
 
 
-def _refuse_files_on_the_way(path: Path) -> None:
+def _is_run(path: Path) -> bool:
+    """Tell a run from a directory of the user's own that happens to hold a config.yaml."""
+    if not (path / _CONFIG).is_file():
+        return False
+    return (path / _MANIFEST).is_file() or all(child.name == _CONFIG or child.is_dir() for child in path.iterdir())
+
+
+def _nearest_directory(path: Path) -> Path:
+    """Give the deepest directory on the way to `path` that exists. Raises OutputError for anything else on the way."""
     for place in (path, *path.parents):
         if place.is_dir():
-            return
+            return place
         if place.exists() or place.is_symlink():
             what = "is a file" if place.exists() else "is a broken link"
             raise OutputError(f"{place} {what}, so the run cannot be written to {path}; set output_dir to a directory")
+    return Path.cwd()
 
 
 def _runs_beside(path: Path) -> str:
     """Name the runs that lie where `path` was looked for, newest first."""
     if not path.parent.is_dir():
         return ""
-    runs = sorted(path.parent.glob("*/config.yaml"), key=lambda config: config.stat().st_mtime, reverse=True)
-    return f"; there are {', '.join(str(config.parent) for config in runs[:5])}" if runs else ""
+    runs = [config.parent for config in path.parent.glob(f"*/{_CONFIG}") if _is_run(config.parent)]
+    runs.sort(key=lambda run: (run / _CONFIG).stat().st_mtime, reverse=True)
+    return f"; there are {', '.join(str(run) for run in runs[:5])}" if runs else ""
 
 
 def _gigabytes(size: int) -> str:

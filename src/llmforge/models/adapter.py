@@ -1,5 +1,6 @@
 """LoRA through PEFT: which modules it reaches, new and continued adapters, merging."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,16 +8,19 @@ from typing import Any
 
 import peft
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from llmforge.errors import ModelError
 from llmforge.models.load import quiet
-from llmforge.models.source import check_adapter
+from llmforge.models.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-EMBEDDINGS = ("embed_tokens", "lm_head")
+# Fields that change what an adapter computes; an adapter can be continued only under the values it was trained with.
+_SAME_WHEN_CONTINUED = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "lora_bias", "rank_pattern", "alpha_pattern")
 
 
 def add_lora(model: Any, options: Mapping[str, Any]) -> Any:
-    """Freeze a base model and add fresh LoRA adapters to it, in fp32.
+    """Freeze a base model and add a fresh LoRA adapter to it; all that is trained is fp32.
 
     Args:
         options: fields of PEFT's `LoraConfig`.
@@ -25,49 +29,93 @@ def add_lora(model: Any, options: Mapping[str, Any]) -> Any:
         ModelError: a target names no module, or a module that LoRA cannot adapt; lists the names there are.
     """
     fields = dict(options)
-    _check_targets(model, fields.get("target_modules"), "target_modules")
-    _check_targets(model, fields.get("modules_to_save") or None, "modules_to_save")
-    if _is_tied(model) and _touches_embeddings(model, fields):
-        # Else input and output embedding would be trained apart although they are one tensor, and a merge would add
-        # both changes to it (https://github.com/huggingface/peft/issues/2777).
-        fields.setdefault("ensure_weight_tying", True)
-    fields["target_modules"] = _plain(fields.get("target_modules"))
+    for key in ("target_modules", "modules_to_save", "exclude_modules"):
+        _check_names(model, fields.get(key) or None, key)
+    fields["ensure_weight_tying"] = _ensures_tying(model, fields)
     with quiet():
         try:
-            return peft.get_peft_model(model, peft.LoraConfig(**fields))
+            adapted = peft.get_peft_model(model, peft.LoraConfig(**fields))
         except (ValueError, TypeError, NotImplementedError) as error:
-            raise ModelError(
-                f"lora_config does not fit this model: {str(error).splitlines()[0]}. "
-                f"Modules that LoRA can adapt here: {', '.join(adaptable_modules(model))}"
-            ) from error
+            raise ModelError(_refusal(model, fields.get("target_modules"), error)) from error
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # PEFT leaves modules_to_save and biases as they are; bf16 swallows small updates
+            parameter.data = parameter.data.float()
+    return adapted
 
 
-def continue_lora(model: Any, directory: Path) -> Any:
-    """Load a LoRA adapter onto its base model, to train it further.
+def check_continuation(model: Any, directory: Path) -> None:
+    """Check that a saved adapter fits one that `add_lora` made of the config, without reading its weights.
 
     Raises:
-        ModelError: the directory is no adapter, is damaged, or does not fit the model.
+        ModelError: rank, scale or adapted modules differ, or the shapes are those of another model.
     """
-    check_adapter(directory)
+    key = "initial_adapter_model_ckpt_path"
+    theirs = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    defaults, ours = peft.LoraConfig().to_dict(), model.peft_config["default"].to_dict()
+    if theirs.get("peft_type") != "LORA":
+        raise ModelError(f"{key}: the adapter in {directory} is of type {theirs.get('peft_type')}, not LORA")
+    different = [
+        (name, theirs.get(name, defaults[name]), ours[name])
+        for name in _SAME_WHEN_CONTINUED
+        if (theirs.get(name, defaults[name]) or None) != (ours[name] or None)
+    ]
+    if different:
+        raise ModelError(
+            f"{key}: the adapter in {directory} was trained with "
+            + ", ".join(f"{name} {json.dumps(theirs)} (here {json.dumps(ours)})" for name, theirs, ours in different)
+            + "; an adapter is continued with its own values, so set lora_config: {"
+            + ", ".join(f"{name}: {json.dumps(theirs)}" for name, theirs, _ in different)
+            + "}"
+        )
     with quiet():
-        try:
-            return peft.PeftModel.from_pretrained(model, directory, is_trainable=True)
-        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    wanted = {name: list(tensor.shape) for name, tensor in expected.items()}
+    with safe_open(directory / ADAPTER_WEIGHTS, framework="numpy") as file:
+        # Older PEFT saves the untrained embedding beside its adapter.
+        names = [name for name in file.keys() if ".base_layer." not in name]  # noqa: SIM118
+        found = {name: file.get_slice(name).get_shape() for name in names}
+    problems = [
+        f"{words} {', '.join(_module_names(names))}"
+        for words, names in (
+            ("it lacks", wanted.keys() - found.keys()),
+            ("it has, but lora_config does not name,", found.keys() - wanted.keys()),
+        )
+        if names
+    ]
+    if problems:
+        raise ModelError(
+            f"{key}: the adapter in {directory} does not adapt what lora_config names: {'; '.join(problems)}. "
+            f"Its own target_modules are {json.dumps(theirs.get('target_modules'))}, its modules_to_save "
+            f"{json.dumps(theirs.get('modules_to_save'))}"
+        )
+    for name, shape in wanted.items():
+        if found[name] != shape:
             raise ModelError(
-                f"initial_adapter_model_ckpt_path: the adapter in {directory} does not fit this base model: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
+                f"{key}: the adapter in {directory} was trained on another model: {name} has shape {found[name]}, here "
+                f"it would have {shape}. Give an adapter of this model_id"
+            )
+
+
+def load_adapter(model: Any, directory: Path) -> None:
+    """Fill the adapter that `add_lora` made with a saved one's weights, to train it further.
+
+    Raises:
+        ModelError: it does not fit (see `check_continuation`), or is damaged.
+    """
+    check_continuation(model, directory)
+    with quiet():
+        peft.set_peft_model_state_dict(model, load_file(directory / ADAPTER_WEIGHTS))
 
 
 def merge(model: Any) -> Any:
     """Merge a PEFT model's adapter into its base weights and return the plain model.
 
     Where input and output embeddings are one tensor and the adapter changes them, the output embedding gets a copy of
-    its own first, so that each change is added once; they are tied again if they come out equal.
+    its own first, so that each change is added to its own side only; they are tied again if they come out equal.
     """
     base = model.get_base_model()
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    separate = _is_tied(base) and any(_has_adapter(module) for module in (embedding, head))
+    separate = is_tied(base) and any(_has_adapter(module) for module in (embedding, head))
     if separate:
         _weight_holder(head).weight = torch.nn.Parameter(_weight_holder(head).weight.detach().clone())
     with quiet():
@@ -84,55 +132,82 @@ def merge(model: Any) -> Any:
 
 def adaptable_modules(model: torch.nn.Module) -> list[str]:
     """List the last name parts of the modules that LoRA can adapt, in the model's order."""
-    kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d)
-    names = (
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, kinds) or type(module).__name__ == "Conv1D"
-    )
-    return list(dict.fromkeys(names))
+    return _module_names(name for name, module in model.named_modules() if _is_adaptable(module))
 
 
-def _check_targets(model: torch.nn.Module, targets: str | Sequence[str] | None, key: str) -> None:
-    """Check that each name, or the pattern, matches a module. PEFT passes over names that match nothing."""
-    if targets is None or targets == "all-linear":
-        return
-    names = [name for name, _ in model.named_modules() if name]
-    if isinstance(targets, str):
-        unmatched = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
-    else:
-        unmatched = [
-            target for target in targets if not any(name == target or name.endswith(f".{target}") for name in names)
-        ]
-    if unmatched:
-        raise ModelError(
-            f"lora_config.{key}: {', '.join(unmatched)} matches no module of this model. "
-            f"Modules that LoRA can adapt here: {', '.join(adaptable_modules(model))}"
-        )
-
-
-def _plain(targets: Any) -> Any:
-    return targets if targets is None or isinstance(targets, str) else list(targets)
-
-
-def _is_tied(model: Any) -> bool:
+def is_tied(model: Any) -> bool:
+    """Say whether a model's input and output embeddings are one tensor."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return head is not None and _weight_holder(embedding).weight is _weight_holder(head).weight
 
 
-def _touches_embeddings(model: Any, fields: Mapping[str, Any]) -> bool:
+def _ensures_tying(model: Any, fields: Mapping[str, Any]) -> bool:
+    """Decide whether PEFT keeps the copies of tied embeddings in `modules_to_save` tied.
+
+    It does so with one shared parameter, as the base model does. LoRA on tied embeddings stays two adapters, one for
+    each side: PEFT's tied LoRA matrices are two parameters over one storage, which the optimizer would update twice,
+    and which come apart when they are cast or moved to a GPU (https://github.com/huggingface/peft/issues/2777).
+    """
+    if not is_tied(model):
+        return False
     tied = {model.get_input_embeddings(), model.get_output_embeddings()}
     names = [name for name, module in model.named_modules() if module in tied]
-    for key in ("target_modules", "modules_to_save"):
-        targets = fields.get(key) or ()
-        if targets == "all-linear":
-            continue  # PEFT leaves the output head out
-        for name in names:
-            if isinstance(targets, str) and re.fullmatch(targets, name):
-                return True
-            if not isinstance(targets, str) and any(name == t or name.endswith(f".{t}") for t in targets):
-                return True
-    return False
+    adapted = any(_matches(fields.get("target_modules"), name) for name in names)
+    if adapted and fields.get("ensure_weight_tying"):
+        raise ModelError(
+            "lora_config.ensure_weight_tying: true keeps the embeddings of modules_to_save tied, not LoRA matrices in "
+            "target_modules, which are two adapters, one for the input side and one for the output side; remove it, or "
+            "name the embedding in modules_to_save instead"
+        )
+    return not adapted and any(_matches(fields.get("modules_to_save"), name) for name in names)
+
+
+def _check_names(model: torch.nn.Module, targets: str | Sequence[str] | None, key: str) -> None:
+    """Check that each name, or the pattern, matches a module. PEFT passes over names that match nothing."""
+    if targets is None or targets == "all-linear":
+        return
+    names = [name for name, _ in model.named_modules() if name]
+    each = [targets] if isinstance(targets, str) else [[target] for target in targets]
+    unmatched = [target for target in each if not any(_matches(target, name) for name in names)]
+    if unmatched:
+        listed = ", ".join(target if isinstance(target, str) else target[0] for target in unmatched)
+        raise ModelError(
+            f"lora_config.{key}: {listed} matches no module of this model. "
+            f"Modules that LoRA can adapt here: {', '.join(adaptable_modules(model))}"
+        )
+
+
+def _refusal(model: torch.nn.Module, targets: str | Sequence[str] | None, error: Exception) -> str:
+    """Say in one line why PEFT refused: it prints whole modules."""
+    unfit = {
+        f"{name.rpartition('.')[2]} ({type(module).__name__})": None
+        for name, module in model.named_modules()
+        if _matches(targets, name) and not _is_adaptable(module)
+    }
+    why = str(error).splitlines()[0]
+    if unfit:
+        why = f"target_modules matches {', '.join(unfit)}, which LoRA cannot adapt"
+    return f"lora_config: {why}. Modules that LoRA can adapt here: {', '.join(adaptable_modules(model))}"
+
+
+def _matches(targets: str | Sequence[str] | None, name: str) -> bool:
+    """Say whether PEFT's target names, or its pattern, mean a module."""
+    if targets is None or targets == "all-linear":
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _is_adaptable(module: torch.nn.Module) -> bool:
+    kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d)
+    return isinstance(module, kinds) or type(module).__name__ == "Conv1D"  # GPT-2's own linear layer
+
+
+def _module_names(names: Any) -> list[str]:
+    """Give the names of modules among tensor or module names, each once: `…layers.0.q_proj.lora_A.weight` → `q_proj`."""
+    modules = (re.sub(r"(\.lora_.*|\.weight|\.bias)$", "", name) for name in names)
+    return list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
 
 
 def _has_adapter(module: torch.nn.Module) -> bool:

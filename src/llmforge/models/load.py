@@ -1,6 +1,7 @@
 """Loads tokenizers, configs and base models through transformers, and prepares a model for training on one device."""
 
 import inspect
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -12,12 +13,26 @@ from typing import Any
 import peft
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from llmforge.atomic import atomic_directory
 from llmforge.errors import ModelError
 from llmforge.models.source import ModelSource
 
-
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+# What transformers raises for files that are missing, damaged or not what it expects.
+UNREADABLE = (
+    AttributeError,
+    ImportError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -39,13 +54,72 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
     Raises:
         ModelError: there is none, or transformers cannot read it.
     """
+    if source.gguf_file is None and not any(any(source.directory.glob(name)) for name in TOKENIZER_FILES):
+        raise ModelError(
+            f"{source.name} has no tokenizer; expected tokenizer.json or tokenizer.model in {source.directory}. Copy "
+            "the tokenizer's files there (tokenizer.save_pretrained writes them)"
+        )
     with quiet():
         try:
             return transformers.AutoTokenizer.from_pretrained(
                 source.directory, trust_remote_code=trust_remote_code, **source.load_options
             )
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise ModelError(f"the tokenizer of {source.name} cannot be read: {_first_line(error)}") from error
+        except UNREADABLE as error:
+            if not trust_remote_code:
+                _refuse_code(source, "tokenizer_config.json")
+            raise ModelError(
+                f"the tokenizer of {source.name} cannot be read ({_reason(error)}); copy or download its files again"
+            ) from error
+
+
+def _read_config(source: ModelSource, trust_remote_code: bool) -> Any:
+    with quiet():
+        try:
+            return transformers.AutoConfig.from_pretrained(
+                source.directory, trust_remote_code=trust_remote_code, **source.load_options
+            )
+        except UNREADABLE as error:
+            if source.gguf_file is not None:
+                raise ModelError(
+                    f"{source.name} cannot be read as GGUF ({_reason(error)}); download it again, or give the model as "
+                    "a directory"
+                ) from error
+            if not trust_remote_code:
+                _refuse_code(source, "config.json")
+            model_type = _read_json(source.directory / "config.json").get("model_type")
+            if model_type is None:
+                raise ModelError(
+                    f"{source.directory / 'config.json'} has no model_type, so nobody knows which architecture it is; "
+                    "copy or download the model again"
+                ) from error
+            if model_type not in transformers.CONFIG_MAPPING:
+                raise ModelError(
+                    f"{source.name} is of type {model_type}, which transformers {transformers.__version__} does not "
+                    "know; upgrade transformers, or give another model"
+                ) from error
+            raise ModelError(
+                f"{source.directory / 'config.json'} is not that of a {model_type} model ({_reason(error)}); copy or "
+                "download it again"
+            ) from error
+
+
+def _refuse_code(source: ModelSource, settings: str) -> None:
+    """Raise ModelError if a settings file names Python code of the repository's own."""
+    auto_map = _read_json(source.directory / settings).get("auto_map")
+    if auto_map:
+        raise ModelError(
+            f"{source.name} brings Python code of its own ({settings} names it under auto_map), which would run on "
+            "this machine. Read it, and if you trust it, set trust_remote_code: true"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a settings file; one that cannot be read is as good as absent, since transformers has refused it already."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_facts(source: ModelSource, *, trust_remote_code: bool = False) -> ModelFacts:
@@ -54,18 +128,12 @@ def read_facts(source: ModelSource, *, trust_remote_code: bool = False) -> Model
     Raises:
         ModelError: the config is missing, unreadable, or not that of a causal language model.
     """
-    with quiet():
-        try:
-            config = transformers.AutoConfig.from_pretrained(
-                source.directory, trust_remote_code=trust_remote_code, **source.load_options
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"the config of {source.name} cannot be read: {_first_line(error)}") from error
+    config = _read_config(source, trust_remote_code)
     text = config.get_text_config()
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not config.to_dict().get("auto_map"):
         raise ModelError(
             f"{source.name} is of type {config.model_type}, which is not a causal language model that transformers "
-            f"{transformers.__version__} knows"
+            f"{transformers.__version__} knows; give a model that continues text"
         )
     return ModelFacts(
         architecture=config.model_type,
@@ -94,8 +162,11 @@ def as_plain_directory(source: ModelSource, cache_dir: Path) -> ModelSource:
                     quantization_config=transformers.GgufConfig(dequantize=True),
                     dtype=torch.float32,
                 )
-            except (OSError, ValueError, KeyError, NotImplementedError) as error:
-                raise ModelError(f"{source.name} cannot be read as GGUF: {_first_line(error)}") from error
+            except UNREADABLE as error:
+                raise ModelError(
+                    f"{source.name} cannot be read as GGUF ({_reason(error)}); download it again, or give the model as "
+                    "a directory"
+                ) from error
             model.save_pretrained(temporary)
             load_tokenizer(source).save_pretrained(temporary)
     return ModelSource(source.name, directory)
@@ -129,8 +200,10 @@ def load_base_model(
                 output_loading_info=True,
                 **options,
             )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise ModelError(f"{source.name} cannot be loaded: {_first_line(error)}") from error
+        except torch.OutOfMemoryError:
+            raise
+        except UNREADABLE as error:
+            raise ModelError(f"the weights of {source.name} cannot be loaded: {_reason(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
@@ -143,10 +216,8 @@ def load_base_model(
 
 def build_skeleton(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     """Build a model without weights (on torch's meta device), to see its modules and count its parameters."""
+    config = _read_config(source, trust_remote_code)
     with quiet(), torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(
-            source.directory, trust_remote_code=trust_remote_code, **source.load_options
-        )
         return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
@@ -162,7 +233,7 @@ def enable_activation_checkpointing(model: Any) -> str | None:
         with quiet():
             model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
-        return f"activation checkpointing is off: {_first_line(error)}"
+        return f"activation checkpointing is off: {_reason(error)}"
     return None
 
 
@@ -189,5 +260,8 @@ def quiet() -> Iterator[None]:
                 transformers.logging.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+def _reason(error: BaseException) -> str:
+    """Put an exception of transformers into one line."""
+    text = " ".join(str(error).split())
+    named = not text or isinstance(error, KeyError)
+    return f"{type(error).__name__} {text}".rstrip()[:300] if named else text[:300].rstrip(".")

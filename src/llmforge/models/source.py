@@ -1,7 +1,4 @@
-"""Finds a model's files: a local directory, a GGUF file or a hub repository. It checks them and loads no weights.
-
-Hub access follows the usual variables: `HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`.
-"""
+"""Finds a model's files: a local directory, a GGUF file or a hub repository. It checks them and loads no weights."""
 
 import hashlib
 import json
@@ -12,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from llmforge.errors import ModelError, NotAvailableError
+from llmforge.models.hub import download
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
+PICKLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -121,34 +121,29 @@ def check_weights(directory: Path, *, key: str, allow_pickle_weights: Sequence[s
         ModelError: no config, no weights, missing or corrupt safetensors files, or pickles that are not allowed.
     """
     if not (directory / "config.json").is_file():
-        if (directory / "adapter_config.json").is_file():
+        if (directory / ADAPTER_CONFIG).is_file():
             raise ModelError(
                 f"{key}: {directory} is an adapter, not a base model; give it as initial_adapter_model_ckpt_path and "
                 "its base model as model_id"
             )
         raise ModelError(f"{key}: {directory} has no config.json; give the directory that save_pretrained wrote")
+    _read_object(directory / "config.json", key)
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{key}: {index} is damaged ({error}); copy or download the model again") from error
-        missing = [name for name in names if not (directory / name).is_file()]
-        if missing:
-            raise ModelError(
-                f"{key}: {directory} lacks {len(missing)} of {len(names)} weight files: {', '.join(missing[:5])}; "
-                "copy or download the model again"
-            )
-        check_safetensors((directory / name for name in names), key=key)
+        check_safetensors(_shards(index, key), key=key)
         return ()
     if (directory / "model.safetensors").is_file():
         check_safetensors([directory / "model.safetensors"], key=key)
         return ()
-    pickles = tuple(name for name in PICKLES if (directory / name).is_file())
-    if not pickles:
+    if (directory / PICKLE).is_file():
+        pickles = [PICKLE]
+    elif (directory / PICKLE_INDEX).is_file():
+        pickles = [shard.name for shard in _shards(directory / PICKLE_INDEX, key)]
+    else:
         raise ModelError(
             f"{key}: {directory} has no weights; expected model.safetensors or model.safetensors.index.json, found "
-            f"{', '.join(sorted(path.name for path in directory.iterdir())[:12]) or 'nothing'}"
+            f"{', '.join(sorted(path.name for path in directory.iterdir())[:12]) or 'nothing'}. Give a directory that "
+            f"has them. (Pickled ones, {PICKLE}, are taken only where allow_pickle_weights names them)"
         )
     refused = [name for name in pickles if name not in allow_pickle_weights]
     if refused:
@@ -157,7 +152,37 @@ def check_weights(directory: Path, *, key: str, allow_pickle_weights: Sequence[s
             "loaded. Convert them to safetensors (model.save_pretrained does), or, if you trust where they come from, "
             f"allow them by name: allow_pickle_weights: [{', '.join(refused)}]"
         )
-    return pickles
+    return tuple(pickles)
+
+
+def _shards(index: Path, key: str) -> list[Path]:
+    """Give the weight files that an index names. Raises ModelError when one is missing or the index is damaged."""
+    weight_map = _read_object(index, key).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(f"{key}: {index} has no weight_map from tensors to files; copy or download the model again")
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{key}: {index.parent} lacks {len(missing)} of {len(names)} weight files: {', '.join(missing[:5])}; "
+            "copy or download the model again"
+        )
+    return [index.parent / name for name in names]
+
+
+def _read_object(path: Path, key: str) -> dict[str, Any]:
+    """Read a JSON object. Raises ModelError, with the line, for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ModelError(
+            f"{key}: {path}:{error.lineno}: not valid JSON ({error.msg}); copy or download it again"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{key}: {path} cannot be read ({error}); copy or download it again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{key}: {path} holds no JSON object; copy or download it again")
+    return content
 
 
 def check_safetensors(paths: Iterable[Path], *, key: str) -> None:
@@ -184,56 +209,8 @@ def check_adapter(directory: Path, key: str = "initial_adapter_model_ckpt_path")
     Raises:
         ModelError: files are missing or damaged.
     """
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (directory / name).is_file():
             raise ModelError(f"{key}: {directory} has no {name}; give a directory that PEFT's save_pretrained wrote")
-    check_safetensors([directory / "adapter_model.safetensors"], key=key)
-
-
-def download(
-    repo_id: str, *, key: str, revision: str | None = None, code: bool = False, pickles: Sequence[str] = ()
-) -> Path:
-    """Download a hub repository's config, tokenizer and safetensors weights; return the local snapshot.
-
-    Raises:
-        ModelError: with one sentence for each of: not logged in, no access, no such model, hub not reached.
-    """
-    import httpx2
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    patterns = [name for name in HUB_FILES if code or name != "*.py"] + list(pickles)
-    try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
-    except HfHubHTTPError as error:
-        raise ModelError(_hub_refusal(repo_id, revision, key, error, constants.ENDPOINT)) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx2.TransportError) as error:
-        if isinstance(error.__cause__, HfHubHTTPError):
-            raise ModelError(_hub_refusal(repo_id, revision, key, error.__cause__, constants.ENDPOINT)) from error
-        if constants.HF_HUB_OFFLINE:
-            raise ModelError(
-                f"{key}: {repo_id} is neither a local path nor in the hub cache, and HF_HUB_OFFLINE is set, so it "
-                "cannot be downloaded. Unset HF_HUB_OFFLINE or give a local directory"
-            ) from error
-        raise ModelError(
-            f"{key}: the hub at {constants.ENDPOINT} cannot be reached to download {repo_id}. Check the network, set "
-            "HF_ENDPOINT to a mirror, or give a local directory or .gguf file"
-        ) from error
-
-
-def _hub_refusal(repo_id: str, revision: str | None, key: str, error: Any, endpoint: str) -> str:
-    status = error.response.status_code
-    if status == 401:
-        return (
-            f"{key}: the hub wants to know who asks for {repo_id} (401). Set HF_TOKEN to an access token of an account "
-            "that may read it; if the model is public, check its name"
-        )
-    if status == 403:
-        return (
-            f"{key}: {repo_id} is gated and your account has no access yet (403). Ask for it on "
-            f"{endpoint}/{repo_id}, then set HF_TOKEN to a token of that account"
-        )
-    if status == 404:
-        at = f" at revision {revision}" if revision else ""
-        return f"{key}: there is no model {repo_id}{at} on {endpoint} (404). Check its name, or give a local directory"
-    return f"{key}: the hub at {endpoint} answered {status} for {repo_id}; try again later"
+    _read_object(directory / ADAPTER_CONFIG, key)
+    check_safetensors([directory / ADAPTER_WEIGHTS], key=key)

@@ -262,7 +262,6 @@ def _cutting_pattern(tokenizer: Any, format: Format) -> re.Pattern[str] | None:
         if token.content in written
         and not (token.normalized or token.lstrip or token.single_word)
         and token.content[0] not in begun
-        and not any(other.content.startswith(token.content) and other.content != token.content for other in added)
     ]
     return re.compile("|".join(map(re.escape, cuts))) if cuts else None
 

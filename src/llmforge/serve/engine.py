@@ -108,11 +108,14 @@ class Engine:
                 ready = len(cut) if len(cut) < len(text) else len(text) - self.stop.held_back(text)
                 if text.endswith("\ufffd"):
                     continue
-                yield cut[shown:ready]
-                shown = max(shown, ready)
+                if ready > shown:
+                    yield cut[shown:ready]
+                    shown = ready
                 if len(cut) < len(text):
                     break
-            yield self._text(prompt, ids)[shown:]
+            rest = self._text(prompt, ids)[shown:]
+            if rest:
+                yield rest
         finally:
             tokens.is_cancelled = True
             thread.join()

@@ -48,7 +48,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Loss:
-    """A sum over weighted tokens, as a scalar fp32 tensor with gradient, and the weight to divide it by."""
+    """A sum over weighted tokens, as a scalar tensor (fp32 or wider) with gradient, and the weight to divide it by."""
 
     sum: torch.Tensor
     weight: float
@@ -98,8 +98,8 @@ class LanguageModeling:
     def loss(self, model: Any, batch: Batch) -> Loss:
         """Sum the weighted cross-entropy of the trained tokens, in nats.
 
-        Only trained positions are turned into fp32 log-probabilities, and the head runs only from the first of them on
-        where the model allows it.
+        Only trained positions are turned into log-probabilities, in fp32 or wider, and the head runs only from the first
+        of them on where the model allows it.
         """
         trained_BT = batch.loss_weights_BT > 0
         if not batch.weight:
@@ -112,7 +112,8 @@ class LanguageModeling:
         )
         logits_BSV = output.logits if self.keeps_logits else output.logits[:, first:]
         predicts_BS = trained_BT[:, first + 1 :]
-        logits_NV = logits_BSV[:, :-1][predicts_BS].float()
+        logits_NV = logits_BSV[:, :-1][predicts_BS]
+        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         targets_N = batch.input_ids_BT[:, first + 1 :][predicts_BS]
         weights_N = batch.loss_weights_BT[:, first + 1 :][predicts_BS]
         losses_N = F.cross_entropy(logits_NV, targets_N, reduction="none")

@@ -1,11 +1,13 @@
 """Measures a model on held-out data."""
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
+from llmforge.errors import NonFiniteLossError
 from llmforge.tasks import Batch, LanguageModeling
 from llmforge.train.backends import Backend
 
@@ -17,7 +19,11 @@ Autocast = Callable[[], AbstractContextManager]
 def evaluate(
     model: Any, task: LanguageModeling, batches: Iterable[Batch], *, backend: Backend, autocast: Autocast
 ) -> dict[str, float]:
-    """Give the task's metrics over all batches, each weighted token counted once whatever the batching."""
+    """Give the task's metrics over all batches, each weighted token counted once whatever the batching.
+
+    Raises:
+        NonFiniteLossError: the mean loss is NaN or infinite.
+    """
     was_training = model.training
     model.eval()
     total = weight = 0.0
@@ -29,4 +35,10 @@ def evaluate(
             weight += loss.weight
     finally:
         model.train(was_training)
-    return task.metrics(backend.total(total) / backend.total(weight))
+    mean = backend.total(total) / backend.total(weight)
+    if not math.isfinite(mean):
+        raise NonFiniteLossError(
+            f"the loss on the validation data is {mean}, so the model's weights can be no good and no checkpoint was "
+            "written of them. Lower learning_rate or use dtype: fp32; the run's last checkpoint is from before it"
+        )
+    return task.metrics(mean)

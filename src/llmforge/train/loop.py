@@ -60,7 +60,7 @@ def train(
         torch.manual_seed(_mix(seed, index, backend.rank))  # dropout depends on the step, not on what came before
         batches = micro_batches(index)
         weight = backend.total(sum(batch.weight for batch in batches))
-        loss_sum = torch.zeros((), device=backend.device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=backend.device)
         for batch in batches:
             with autocast():
                 loss = task.loss(model, batch.to(backend.device))

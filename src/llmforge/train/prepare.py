@@ -22,10 +22,12 @@ from llmforge.data.blocks import read_rows
 from llmforge.data.dataset import Dataset, PreparedData
 from llmforge.data.files import find_files
 from llmforge.data.prepare import prepare
-from llmforge.errors import ModelError, NotAvailableError
+from llmforge.errors import InputError, ModelError, NotAvailableError
+from llmforge.export.artifact import build_generation_config
 from llmforge.models.device import best_dtype, find_device, free_memory
+from llmforge.models.hub import download
 from llmforge.models.load import ModelFacts, load_tokenizer, read_facts
-from llmforge.models.source import ModelSource, check_adapter, download, find_model
+from llmforge.models.source import ModelSource, check_adapter, find_model
 from llmforge.prompt import Encoder, StopRules, build_format
 from llmforge.prompt.rows import RowEncoder
 from llmforge.tasks import TASKS, LanguageModeling
@@ -92,6 +94,11 @@ def prepare_run(loaded: LoadedConfig, reporter: Reporter, progress: Callable[[in
     stop = StopRules.derive(
         encoder, config.generation_config.stopping_sequences, config.generation_config.stopping_tokens
     )
+
+    try:
+        build_generation_config(encoder, stop, config.generation_config.generate_kwargs)
+    except InputError as error:
+        raise loaded.error("generation_config.generate_kwargs", str(error)) from error
 
     layout = RowLayout(config.data_format, config.columns, task.needs_assistant)
     cache_dir = Path(config.cache_dir or derive.cache_dir().value).expanduser()

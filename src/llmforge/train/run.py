@@ -18,12 +18,13 @@ from llmforge.checkpoint import (
     load_checkpoint,
     save_checkpoint,
     state_bytes,
+    sweep,
 )
 from llmforge.config.resolved import ResolvedConfig
 from llmforge.data.batches import evaluation_batches
 from llmforge.export.artifact import write_artifact
-from llmforge.models.adapter import add_lora, continue_lora
-from llmforge.models.device import DTYPES, autocast, device_name
+from llmforge.models.adapter import add_lora, check_continuation, load_adapter
+from llmforge.models.device import DTYPES, autocast, device_name, weights_dtype
 from llmforge.models.load import (
     as_plain_directory,
     build_skeleton,
@@ -59,7 +60,7 @@ def check_model(preparation: Preparation) -> int:
     """Build the model without weights, check that the adapter fits it, and give the bytes that the run will write.
 
     Raises:
-        ModelError: the adapter's targets do not exist, or cannot be adapted.
+        ModelError: the adapter's targets do not exist or cannot be adapted, or an adapter to continue does not fit them.
     """
     config = preparation.config
     skeleton = build_skeleton(preparation.weights_source, trust_remote_code=config.model.trust_remote_code)
@@ -67,6 +68,8 @@ def check_model(preparation: Preparation) -> int:
     if config.adapter is not None:
         # Some initialisations compute with the weights, which are not there yet; they change no name and no shape.
         skeleton = add_lora(skeleton, {**config.adapter.options, "init_lora_weights": True})
+        if preparation.adapter is not None:
+            check_continuation(skeleton, preparation.adapter)
         artifact = state_bytes(skeleton, 0)
     return artifact + state_bytes(skeleton) * (config.checkpoint.num_checkpoints_to_keep + 2)
 
@@ -110,6 +113,7 @@ def run(
         config.optimization.optimizer, model.named_parameters(), weight_decay=config.optimization.weight_decay
     )
     first_step = 0
+    sweep(checkpoints)
     done = list_checkpoints(checkpoints)
     if resuming and done:
         load_checkpoint(done[-1], model=model, optimizer=optimizer)
@@ -163,8 +167,10 @@ def run(
         reporter.event("evaluation", step=step, **metrics, seconds=time.perf_counter() - began)
         return metrics
 
-    def save(step: int, metrics: dict[str, float]) -> None:
-        saved = save_checkpoint(checkpoints, step=step, model=model, optimizer=optimizer, metrics=metrics)
+    def save(step: int, metrics: dict[str, float], *, only_to_resume: bool = False) -> None:
+        saved = save_checkpoint(
+            checkpoints, step=step, model=model, optimizer=optimizer, metrics=metrics, only_to_resume=only_to_resume
+        )
         existing = list_checkpoints(checkpoints)
         reporter.event("checkpoint", step=step, path=str(saved.path), best=best_checkpoint(existing).step == step)
         delete_superseded(existing, config.checkpoint.num_checkpoints_to_keep)
@@ -193,7 +199,7 @@ def run(
             seed=config.optimization.seed,
             is_milestone=partial(_is_milestone, config, steps_per_epoch, last_step),
             milestone=lambda step: save(step, measure(step)),
-            save=lambda step: save(step, {}),
+            save=lambda step: save(step, {}, only_to_resume=True),
             interrupted=interrupted,
         )
 
@@ -230,7 +236,7 @@ def _load_model(preparation: Preparation, reporter: Reporter) -> Any:
             reporter.note("flash_attention_2 needs a CUDA GPU and the flash-attn package; PyTorch's attention is used")
     model = load_base_model(
         _weights_directory(preparation),
-        dtype=DTYPES[config.speed.dtype if config.adapter is not None else "fp32"],
+        dtype=torch.float32 if config.adapter is None else weights_dtype(preparation.device, config.speed.dtype),
         attention=attention,
         trust_remote_code=config.model.trust_remote_code,
     )
@@ -240,9 +246,10 @@ def _load_model(preparation: Preparation, reporter: Reporter) -> Any:
             reporter.note(problem)
     if config.adapter is None:
         return model
+    model = add_lora(model, config.adapter.options)
     if preparation.adapter is not None:
-        return continue_lora(model, preparation.adapter)
-    return add_lora(model, config.adapter.options)
+        load_adapter(model, preparation.adapter)
+    return model
 
 
 def _weights_directory(preparation: Preparation) -> Any:
