@@ -29,6 +29,7 @@ GATED = Refusal(403, "GatedRepo", files_only=True)
 GATED_FOR_STRANGERS = Refusal(401, "GatedRepo", files_only=True)
 FORBIDDEN = Refusal(403)
 BROKEN = Refusal(500)
+NO_HUB = Refusal(200)  # a web site that answers everything, but not as a hub does
 
 
 @dataclass
@@ -53,10 +54,10 @@ def fake_hub(models: Mapping[str, Path | Refusal]) -> Iterator[FakeHub]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_HEAD(self) -> None:  # noqa: N802 - the name http.server calls
+        def do_HEAD(self) -> None:
             self._answer()
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             self._answer()
 
         def log_message(self, format: str, *args: object) -> None:
@@ -104,7 +105,7 @@ def fake_hub(models: Mapping[str, Path | Refusal]) -> Iterator[FakeHub]:
 
         def _refuse(self, refusal: Refusal) -> None:
             headers = {"X-Error-Code": refusal.code} if refusal.code else {}
-            self._send(b'{"error": "no"}', refusal.status, headers)
+            self._send(b"<html>no</html>", refusal.status, headers)
 
         def _send(self, content: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
             self.send_response(status)

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import build_model
+from torch.nn.functional import cross_entropy
 
+from conftest import build_model
 from llmforge.data.samples import Sample
 from llmforge.models.adapter import add_lora
 from llmforge.models.load import takes_logits_to_keep
@@ -35,7 +35,8 @@ def samples(count: int = 5, *, weights: tuple[float, ...] = (0.0, 1.0)) -> list[
     for length in rng.sample(range(3, 20), count):
         made.append(
             Sample(
-                [rng.randrange(3, VOCAB) for _ in range(length)], [0.0, *(rng.choice(weights) for _ in range(length - 1))]
+                [rng.randrange(3, VOCAB) for _ in range(length)],
+                [0.0, *(rng.choice(weights) for _ in range(length - 1))],
             )
         )
     return made
@@ -75,7 +76,7 @@ def test_loss_and_gradients_are_those_of_transformers_labels(kind: str, keeps_lo
     labels = batch.input_ids_BT.masked_fill(batch.loss_weights_BT == 0, -100)
     # transformers' own loss_function computes in fp32; its definition is the mean over the labels that are not -100.
     logits = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
-    theirs = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    theirs = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     theirs.backward()
     assert loss == pytest.approx(float(theirs.detach()), abs=1e-9)
     expected = gradients(model)

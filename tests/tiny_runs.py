@@ -1,6 +1,7 @@
 """Runs of the tiny models, in this process and as the console script, for the tests of training and of the artifact."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -8,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from conftest import QUESTIONS
 
+from conftest import QUESTIONS
 from llmforge.config import load_config
-from llmforge.jobs.finetune import finetune
+from llmforge.jobs.finetune import finetune, resume
 from llmforge.jobs.run import Run
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]}
@@ -68,6 +69,25 @@ def run_here(data_dir: Path, model: Path, **keys: Any) -> tuple[Run, Listener]:
     return run, listener
 
 
+def run_config(config: Path) -> None:
+    """Start a run; a target for `child`."""
+    finetune(load_config(config), Listener())
+
+
+def resume_run(run_dir: Path) -> None:
+    """Continue a run; a target for `child`."""
+    resume(run_dir, Listener())
+
+
+def child(target: Any, path: Path) -> Any:
+    """Start a process that can be killed; all of them are forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny_runs", "llmforge.train.run"])
+    process = context.Process(target=target, args=(path,))
+    process.start()
+    return process
+
+
 def environment() -> dict[str, str]:
     """Give the environment for a child process: nothing is read from or written to this user's directories."""
     return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -92,7 +112,11 @@ def plain_python(program: str, *arguments: str | Path) -> Any:
     env = {key: value for key, value in environment().items() if key != "PYTHONPATH"}
     guard = "import sys; sys.modules['llmforge'] = None\n"
     done = subprocess.run(
-        [sys.executable, "-c", guard + program, *map(str, arguments)], env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", guard + program, *map(str, arguments)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -100,4 +124,6 @@ def plain_python(program: str, *arguments: str | Path) -> Any:
 
 def tree(directory: Path) -> dict[str, bytes]:
     """Read all files below a directory."""
-    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
+    }

@@ -6,6 +6,7 @@
 Names are loaded when they are first used, so importing the package costs nothing.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from llmforge.jobs.run import Run, load_run
     from llmforge.prompt import PromptFormat
     from llmforge.python import finetune
+
+# huggingface_hub reads this when it is imported: without it, it also asks the hub for things that no config asked for.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 __all__ = ["LlmforgeError", "LoadedConfig", "PromptFormat", "Run", "finetune", "load_config", "load_run"]

@@ -170,9 +170,7 @@ def _damaged(path: Path, error: Exception) -> RunError:
 
 def state_bytes(model: Any, optimizer_values_per_parameter: int = 2) -> int:
     """Estimate the size of one checkpoint in bytes: parameters and, for each, the optimizer's values in fp32."""
-    return sum(
-        p.numel() * (p.element_size() + 4 * optimizer_values_per_parameter) for p in _trainable(model).values()
-    )
+    return sum(p.numel() * (p.element_size() + 4 * optimizer_values_per_parameter) for p in _trainable(model).values())
 
 
 def _trainable(model: Any) -> dict[str, torch.nn.Parameter]:

@@ -1,4 +1,4 @@
-"""The console script. Each command is a few lines that call one function below; nothing heavy is imported before then."""
+"""The console script: each command is a few lines that call one function below, nothing heavy is imported before."""
 
 from llmforge.cli.app import main
 

@@ -1,17 +1,23 @@
 """The commands and their options, and how an error becomes an exit code."""
 
 import json
+import shutil
 import sys
+import textwrap
+import traceback
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from llmforge.errors import InputError, LlmforgeError
+from llmforge import __version__
+from llmforge.errors import InputError, Interrupted, LlmforgeError
+
+if TYPE_CHECKING:
+    from llmforge.jobs.run import Run
 
 app = typer.Typer(
     name="llmforge",
-    help="Fine-tune any Hugging Face LLM from one YAML file, with any prompt format, and serve what you trained.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -22,19 +28,33 @@ app.add_typer(data_app, name="data")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, nested ones with dots. Repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, nested ones with dots. Repeatable."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run, or of an artifact.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"llmforge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def llmforge(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune any Hugging Face LLM from one YAML file, with any prompt format, and serve what you trained."""
 
 
 @app.command()
 def finetune(
     config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")] = None,
     overrides: Overrides = None,
-    default: Annotated[
-        bool, typer.Option("--default", help="Choose everything but the model and the data.")
-    ] = False,
+    default: Annotated[bool, typer.Option("--default", help="Choose everything but the model and the data.")] = False,
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="RUN_DIR", help="Continue a run from its last checkpoint.")
     ] = None,
@@ -51,18 +71,22 @@ def finetune(
     if resume is not None and (overrides or default or dry_run):
         raise InputError("a resumed run keeps its config; --resume goes without --set, --default and --dry-run")
     with QuietDisplay(sys.stderr) if as_json else open_display(sys.stderr) as display:
-        if resume is not None:
-            run = jobs.resume(resume, display)
+        if config is None:
+            assert resume is not None
+            run: Run | None = jobs.resume(resume, display)
         else:
-            assert config is not None
             run = jobs.finetune(load_config(config, overrides or (), default), display, dry_run=dry_run)
     if as_json:
-        result = {"dry_run": True} if run is None else {
-            "run_dir": str(run.run_dir),
-            "artifact_dir": str(run.artifact_dir),
-            "tag": run.tag,
-            "metrics": run.metrics,
-        }
+        result = (
+            {"dry_run": True}
+            if run is None
+            else {
+                "run_dir": str(run.run_dir),
+                "artifact_dir": str(run.artifact_dir),
+                "tag": run.tag,
+                "metrics": run.metrics,
+            }
+        )
         print(json.dumps(result))
 
 
@@ -114,7 +138,7 @@ def data_show(
     config: ConfigFile,
     rows: Annotated[int, typer.Option("-n", min=1, help="How many rows.")] = 3,
     overrides: Overrides = None,
-    as_json: AsJson = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a row.")] = False,
 ) -> None:
     """Show rows token by token: what is trained, and why."""
     from llmforge.config import load_config
@@ -144,7 +168,7 @@ def chat(
 @app.command()
 def generate(
     run: RunPath,
-    input: Annotated[Path, typer.Option("--input", help="JSONL file of rows with messages.")],
+    input: Annotated[str, typer.Option("--input", help="JSONL file of rows with messages.")],
     output: Annotated[Path, typer.Option("--output", help="JSONL file to write: the rows, each with its answer.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Conversations answered together.")] = 8,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
@@ -163,16 +187,32 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def _print_error(error: LlmforgeError) -> None:
+    """Print an error without its stack trace; on a terminal wrapped at words, with paths left whole for copying."""
+    from llmforge.jobs.events import redact
+
+    text = redact(str(error) if isinstance(error, Interrupted) else f"error: {error}")
+    if sys.stderr.isatty():
+        wrapper = textwrap.TextWrapper(
+            shutil.get_terminal_size().columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+        text = "\n".join(wrapper.fill(line) for line in text.splitlines())
+    print(text, file=sys.stderr)
+
+
 def main() -> NoReturn:
     """Run the console script; exit with 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted."""
     try:
         app(prog_name="llmforge")
     except LlmforgeError as error:
-        from llmforge.jobs.events import redact
-
-        print(f"error: {redact(str(error))}", file=sys.stderr)
+        _print_error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception:  # nobody's mistake but ours: the trace says where, but not what is in HF_TOKEN
+        from llmforge.jobs.events import redact
+
+        print(redact(traceback.format_exc()), file=sys.stderr)
+        sys.exit(1)
     sys.exit(0)

@@ -27,7 +27,15 @@ def unavailable(loaded: LoadedConfig) -> list[tuple[str, str]]:
 
 def refuse_unavailable(loaded: LoadedConfig) -> None:
     """Raise NotAvailableError, with every request that this version cannot fulfil, each with its place."""
-    requests = unavailable(loaded)
+    _refuse(loaded, unavailable(loaded))
+
+
+def refuse_unavailable_task(loaded: LoadedConfig) -> None:
+    """Raise NotAvailableError if the config asks for a task that this version does not have."""
+    _refuse(loaded, [request for request in unavailable(loaded) if request[0] in ("task", *TASK_SECTIONS)])
+
+
+def _refuse(loaded: LoadedConfig, requests: list[tuple[str, str]]) -> None:
     if not requests:
         return
     errors = [loaded.error(key, text, NotAvailableError) for key, text in requests]

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from llmforge.atomic import atomic_directory
 from llmforge.errors import InputError, RunError
+from llmforge.models.adapter import subtract_starting_point
 from llmforge.models.load import quiet
 from llmforge.models.source import ADAPTER_WEIGHTS
 from llmforge.prompt import Encoder, StopRules, chat_template_of, save_format
@@ -64,7 +65,9 @@ def build_generation_config(
         with quiet():
             generation.validate(strict=True)
     except (ValueError, TypeError) as error:
-        words = [line.removeprefix("- ") for line in str(error).splitlines() if not line.startswith("GenerationConfig is")]
+        words = [
+            line.removeprefix("- ") for line in str(error).splitlines() if not line.startswith("GenerationConfig is")
+        ]
         raise InputError(f"transformers refuses it: {words[0]}") from error
     return generation
 
@@ -73,6 +76,7 @@ def write_artifact(
     directory: Path,
     *,
     model: Any,
+    start: Mapping[str, torch.Tensor],
     base_model: str,
     revision: str | None,
     dtype: torch.dtype,
@@ -87,6 +91,7 @@ def write_artifact(
         directory: becomes the artifact in one step, once everything is written.
         model: a PEFT model, whose adapter is saved, or a plain model, whose weights are saved in `dtype`. A plain model
             is cast in place.
+        start: an adapter's `starting_point`, in which the base weights of `model` differ from the published ones.
         base_model: the hub id or directory under which an adapter's base model is found again.
         add_documents: writes what else belongs into the directory (card, loss curve).
 
@@ -100,9 +105,13 @@ def write_artifact(
             config = model.peft_config["default"]
             config.base_model_name_or_path = base_model
             config.revision = revision
+            if isinstance(config.target_modules, set):  # whose order is another one in each process
+                config.target_modules = sorted(config.target_modules)
             # "auto" would add whole embedding matrices, and ask the hub whether the vocabulary has grown.
             model.save_pretrained(temporary, save_embedding_layers=False)
             _check_adapter(temporary / ADAPTER_WEIGHTS, model)
+            if start:
+                subtract_starting_point(temporary, start)
         else:
             model.generation_config = generation  # the base model's own may be one that transformers refuses to save
             model.to(dtype).save_pretrained(temporary)

@@ -13,11 +13,13 @@ COLOURS = {"trained": "32", "weight 0": "33", "prompt": "2"}  # ANSI: green, yel
 def explain_rows(loaded: LoadedConfig, count: int) -> list[dict[str, Any]]:
     """Encode the first rows of the training data and say why each token counts or does not.
 
-    Each row has `file`, `line`, and either `problem` or `samples`: lists of pieces {reason, weight, tokens: [{id, text}]}.
+    Each row has `file`, `line`, and either `problem` or `samples`: lists of pieces
+    {reason, weight, tokens: [{id, text}]}.
 
     Raises:
         InputError: the data, tokenizer or prompt format cannot be used.
     """
+    from llmforge.config.capabilities import refuse_unavailable_task
     from llmforge.data import RowLayout, RowProblem
     from llmforge.data.blocks import read_rows
     from llmforge.data.files import find_files
@@ -25,6 +27,7 @@ def explain_rows(loaded: LoadedConfig, count: int) -> list[dict[str, Any]]:
     from llmforge.tasks import TASKS
     from llmforge.train.prepare import load_encoder
 
+    refuse_unavailable_task(loaded)
     config = loaded.config
     task = TASKS[config.task or "causal_lm"]
     layout = RowLayout(config.data_format, config.columns, task.needs_assistant)

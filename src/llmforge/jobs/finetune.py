@@ -1,14 +1,14 @@
 """The life of a run in this process: prepares it, gives it a directory, trains, and records how it went."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmforge.atomic import write_atomically
-from llmforge.config import LoadedConfig, load_config
-from llmforge.errors import ConfigError, RunError
+from llmforge.config import LoadedConfig, load_config, refuse_unavailable
+from llmforge.errors import ConfigError
 from llmforge.export.card import CardFacts, Evaluation, model_card
 from llmforge.export.loss_curve import plot_losses
 from llmforge.jobs.events import EventLog, Reporters, read_events, redact
@@ -41,16 +41,17 @@ def finetune(loaded: LoadedConfig, audience: Audience, *, dry_run: bool = False)
         InputError: something given is wrong; nothing was trained.
         RunError: the run failed; what it had done is in its directory.
     """
+    refuse_unavailable(loaded)
+    # Before rows are encoded, which can take an hour: is there a place to write to?
+    RunDirectory.check(Path(loaded.config.output_dir).expanduser(), loaded.config.custom_model_tag)
     preparation = _prepare(loaded, audience)
     from llmforge.train.run import check_model
 
     needed = check_model(preparation)
     output = preparation.config.output
-    directory = RunDirectory.create(Path(output.output_dir), output.tag)
     if dry_run:
-        _train(directory, preparation, audience, dry_run=True)
-        directory.path.rmdir()
-        return None
+        return _train(RunDirectory.at(Path(output.output_dir), output.tag), preparation, audience, dry_run=True)
+    directory = RunDirectory.create(Path(output.output_dir), output.tag)
     directory.require_free_space(needed)
     write_atomically(directory.config, loaded.text)
     preparation.train.dataset.ledger.write(directory.rows)
@@ -209,8 +210,8 @@ def _refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], directory
     ]
     if changed:
         raise ConfigError(
-            f"{directory.path} cannot be continued: {', '.join(changed)} changed since it started. Restore what it was, "
-            f"or start a new run with llmforge finetune {directory.config}"
+            f"{directory.path} cannot be continued: {', '.join(changed)} changed since it started. Restore what it "
+            f"was, or start a new run with llmforge finetune {directory.config}"
         )
 
 
@@ -264,7 +265,7 @@ def _add_documents(directory: RunDirectory, preparation: "Preparation", artifact
         versions=manifest["versions"],
         loss_curve=LOSS_CURVE,
     )
-    write_atomically(artifact / "README.md", model_card(facts))
+    write_atomically(artifact / "README.md", redact(model_card(facts)))  # it is what people publish
 
 
 def _hash(text: str) -> str:

@@ -30,10 +30,17 @@ class Run:
 
     @cached_property
     def engine(self) -> "Engine":
-        """The loaded model with its prompt format."""
+        """The loaded model with its prompt format, in the number format it was trained in."""
+        from llmforge.config import load_config
         from llmforge.serve.engine import Engine
 
-        return Engine.load(self.artifact_dir)
+        config = load_config(RunDirectory(self.run_dir).resolved_config).config
+        return Engine.load(
+            self.artifact_dir,
+            dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
+            allow_pickle_weights=config.allow_pickle_weights,
+        )
 
     def chat(self, messages: "Sequence[Message]", **options: Any) -> str:
         """Answer a conversation; options are transformers' generation options (max_new_tokens, temperature, …)."""
@@ -76,3 +83,11 @@ def find_artifact(path: Path) -> Path:
     if (path / "prompt_format.yaml").is_file():
         return path
     return load_run(path).artifact_dir
+
+
+def load_engine(path: Path) -> "Engine":
+    """Load the model of an artifact directory or of a finished run."""
+    from llmforge.serve.engine import Engine
+
+    artifact = find_artifact(path)
+    return Engine.load(artifact) if artifact == path else load_run(path).engine

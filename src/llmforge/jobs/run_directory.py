@@ -24,6 +24,11 @@ class RunDirectory:
 
     path: Path
 
+    @classmethod
+    def at(cls, output_dir: Path, tag: str) -> "RunDirectory":
+        """Say where a run of this tag lies, without making or checking anything."""
+        return cls(output_dir / safe_name(tag))
+
     @staticmethod
     def check(output_dir: Path, tag: str | None) -> None:
         """Find out, at no cost and leaving nothing, whether a run (of this tag, where it is known) has a place here.
@@ -48,15 +53,15 @@ class RunDirectory:
         Raises OutputError when the place cannot be written to or holds another run, InputError for an unusable tag.
         """
         cls.check(output_dir, tag)
-        path = output_dir / safe_name(tag)
+        run = cls.at(output_dir, tag)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            probe = path / f".{secrets.token_hex(4)}.probe"
+            run.path.mkdir(parents=True, exist_ok=True)
+            probe = run.path / f".{secrets.token_hex(4)}.probe"
             probe.write_bytes(b"0")
             probe.unlink()
         except OSError as error:
-            raise output_error(error, path) from error
-        return cls(path)
+            raise output_error(error, run.path) from error
+        return run
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":

@@ -1,6 +1,7 @@
 """LoRA through PEFT: which modules it reaches, new and continued adapters, merging."""
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,14 +10,23 @@ from typing import Any
 import peft
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llmforge.errors import ModelError
 from llmforge.models.load import quiet
 from llmforge.models.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 # Fields that change what an adapter computes; an adapter can be continued only under the values it was trained with.
-_SAME_WHEN_CONTINUED = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "lora_bias", "rank_pattern", "alpha_pattern")
+_SAME_WHEN_CONTINUED = (
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "bias",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+)
 
 
 def add_lora(model: Any, options: Mapping[str, Any]) -> Any:
@@ -32,11 +42,16 @@ def add_lora(model: Any, options: Mapping[str, Any]) -> Any:
     for key in ("target_modules", "modules_to_save", "exclude_modules"):
         _check_names(model, fields.get(key) or None, key)
     fields["ensure_weight_tying"] = _ensures_tying(model, fields)
+    unfit = _unfit_modules(model, fields.get("target_modules"))  # looked for before PEFT changes the model
+    adaptable = ", ".join(adaptable_modules(model))
     with quiet():
         try:
             adapted = peft.get_peft_model(model, peft.LoraConfig(**fields))
         except (ValueError, TypeError, NotImplementedError) as error:
-            raise ModelError(_refusal(model, fields.get("target_modules"), error)) from error
+            why = str(error).splitlines()[0]  # PEFT goes on to print whole modules
+            if unfit:
+                why = f"target_modules matches {', '.join(unfit)}, which LoRA cannot adapt"
+            raise ModelError(f"lora_config: {why}. Modules that LoRA can adapt here: {adaptable}") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # PEFT leaves modules_to_save and biases as they are; bf16 swallows small updates
             parameter.data = parameter.data.float()
@@ -54,6 +69,11 @@ def check_continuation(model: Any, directory: Path) -> None:
     defaults, ours = peft.LoraConfig().to_dict(), model.peft_config["default"].to_dict()
     if theirs.get("peft_type") != "LORA":
         raise ModelError(f"{key}: the adapter in {directory} is of type {theirs.get('peft_type')}, not LORA")
+    if _splits_base(theirs.get("init_lora_weights", True)):
+        raise ModelError(
+            f"{key}: the adapter in {directory} was saved for base weights that its initialisation "
+            f"({theirs['init_lora_weights']}) had changed; save it with PEFT's path_initial_model_for_weight_conversion"
+        )
     different = [
         (name, theirs.get(name, defaults[name]), ours[name])
         for name in _SAME_WHEN_CONTINUED
@@ -105,6 +125,43 @@ def load_adapter(model: Any, directory: Path) -> None:
     check_continuation(model, directory)
     with quiet():
         peft.set_peft_model_state_dict(model, load_file(directory / ADAPTER_WEIGHTS))
+
+
+def starting_point(model: Any) -> dict[str, torch.Tensor]:
+    """Copy the matrices of a fresh adapter whose product PEFT has taken out of the base weights, by their saved names.
+
+    PiSSA and OLoRA do that: a model that starts as it was, split into an adapter and the rest. Any other gives none.
+    """
+    if not _splits_base(model.peft_config["default"].init_lora_weights):
+        return {}
+    with quiet():
+        state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor.detach().clone() for name, tensor in state.items() if ".lora_" in name and tensor.ndim == 2}
+
+
+def subtract_starting_point(directory: Path, start: Mapping[str, torch.Tensor]) -> None:
+    """Rewrite a saved adapter as one for the base weights as published: W + s(BA - B0·A0), of twice the rank.
+
+    Without this, only a loader that repeats the split, number for number, computes what was trained.
+    """
+    weights, settings = directory / ADAPTER_WEIGHTS, directory / ADAPTER_CONFIG
+    tensors = load_file(weights)
+    for name, first in start.items():
+        if "_A" in name.rpartition(".lora_")[2]:  # (r, in)
+            tensors[name] = torch.cat([tensors[name], first.to(tensors[name])], dim=0)
+        else:  # (out, r)
+            tensors[name] = torch.cat([tensors[name], -first.to(tensors[name])], dim=1).contiguous()
+    save_file(tensors, weights, metadata={"format": "pt"})
+    config = json.loads(settings.read_text(encoding="utf-8"))
+    same_scale = math.sqrt(2) if config["use_rslora"] else 2
+    config |= {"init_lora_weights": True, "r": 2 * config["r"], "lora_alpha": same_scale * config["lora_alpha"]}
+    config["rank_pattern"] = {name: 2 * rank for name, rank in config["rank_pattern"].items()}
+    config["alpha_pattern"] = {name: same_scale * alpha for name, alpha in config["alpha_pattern"].items()}
+    settings.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _splits_base(init_lora_weights: bool | str) -> bool:
+    return str(init_lora_weights).startswith(("pissa", "olora"))
 
 
 def merge(model: Any) -> Any:
@@ -177,17 +234,15 @@ def _check_names(model: torch.nn.Module, targets: str | Sequence[str] | None, ke
         )
 
 
-def _refusal(model: torch.nn.Module, targets: str | Sequence[str] | None, error: Exception) -> str:
-    """Say in one line why PEFT refused: it prints whole modules."""
-    unfit = {
-        f"{name.rpartition('.')[2]} ({type(module).__name__})": None
-        for name, module in model.named_modules()
-        if _matches(targets, name) and not _is_adaptable(module)
-    }
-    why = str(error).splitlines()[0]
-    if unfit:
-        why = f"target_modules matches {', '.join(unfit)}, which LoRA cannot adapt"
-    return f"lora_config: {why}. Modules that LoRA can adapt here: {', '.join(adaptable_modules(model))}"
+def _unfit_modules(model: torch.nn.Module, targets: str | Sequence[str] | None) -> list[str]:
+    """Name the modules, with their types, that the targets match and LoRA cannot adapt."""
+    return list(
+        dict.fromkeys(
+            f"{name.rpartition('.')[2]} ({type(module).__name__})"
+            for name, module in model.named_modules()
+            if _matches(targets, name) and not _is_adaptable(module)
+        )
+    )
 
 
 def _matches(targets: str | Sequence[str] | None, name: str) -> bool:
@@ -205,7 +260,7 @@ def _is_adaptable(module: torch.nn.Module) -> bool:
 
 
 def _module_names(names: Any) -> list[str]:
-    """Give the names of modules among tensor or module names, each once: `…layers.0.q_proj.lora_A.weight` → `q_proj`."""
+    """Give the last name parts of modules, each once, from names of modules or of their tensors."""
     modules = (re.sub(r"(\.lora_.*|\.weight|\.bias)$", "", name) for name in names)
     return list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
 

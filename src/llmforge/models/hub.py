@@ -69,7 +69,7 @@ def download(
         ) from error
     except HFValidationError as error:
         raise ModelError(f"{key}: {repo_id} is neither a local path nor a possible hub id such as org/name") from error
-    except (FileMetadataError, ValueError) as error:
+    except (AssertionError, FileMetadataError, KeyError, TypeError, ValueError) as error:
         raise ModelError(
             f"{key}: {endpoint} does not answer as a model hub does; set HF_ENDPOINT to the address of a hub or of a "
             "mirror, or unset it"

@@ -34,6 +34,7 @@ UNREADABLE = (
     ValueError,
 )
 
+
 @dataclass(frozen=True)
 class ModelFacts:
     """What planning needs to know of a model, read from its config.
@@ -169,7 +170,7 @@ def as_plain_directory(source: ModelSource, cache_dir: Path) -> ModelSource:
                 ) from error
             model.save_pretrained(temporary)
             load_tokenizer(source).save_pretrained(temporary)
-    return ModelSource(source.name, directory)
+    return ModelSource(source.name, directory, converted_from=source.path)
 
 
 def load_base_model(
@@ -198,12 +199,20 @@ def load_base_model(
                 trust_remote_code=trust_remote_code,
                 use_safetensors=None if source.pickles else True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # only to say below which they are
                 **options,
             )
         except torch.OutOfMemoryError:
             raise
         except UNREADABLE as error:
             raise ModelError(f"the weights of {source.name} cannot be loaded: {_reason(error)}") from error
+    mismatched = sorted(report["mismatched_keys"])
+    if mismatched:
+        name, found, expected = mismatched[0]
+        raise ModelError(
+            f"{len(mismatched)} tensors of {source.name} do not fit its config.json, {name} for one: its weights have "
+            f"the shape {list(found)}, config.json asks for {list(expected)}. Check that they belong together"
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(

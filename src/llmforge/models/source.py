@@ -14,6 +14,7 @@ from llmforge.models.hub import download
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16  # of a large file, for its hash
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -23,7 +24,7 @@ class ModelSource:
     """Where a model's files are.
 
     `name` is what the user wrote; `directory` holds config, tokenizer and weights, of which `gguf_file` is the only one
-    where the model came as GGUF.
+    where the model is still a GGUF file. `converted_from` is the GGUF file that the directory was made from.
     """
 
     name: str
@@ -31,11 +32,14 @@ class ModelSource:
     gguf_file: str | None = None
     pickles: tuple[str, ...] = ()
     is_local: bool = True
+    converted_from: Path | None = None
 
     @property
     def path(self) -> Path:
         """The directory or file that the user meant."""
-        return self.directory if self.gguf_file is None else self.directory / self.gguf_file
+        if self.gguf_file is not None:
+            return self.directory / self.gguf_file
+        return self.converted_from or self.directory
 
     @property
     def load_options(self) -> dict[str, Any]:
@@ -43,21 +47,24 @@ class ModelSource:
         return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
 
     def content_hash(self) -> str:
-        """Hash names, sizes and headers of the weight files, and the whole of the small files, for the manifest.
+        """Hash names, sizes and samples of the files, for the manifest.
 
-        Weights are gigabytes: of a safetensors file the header is read, which holds every tensor's name, type and
-        place, of any other file the first and last megabyte.
+        Weights are gigabytes: of a large file, 64 pieces are read that lie evenly from its beginning, where a
+        safetensors file names its tensors, to its end; fine-tuned weights differ from their base in all of them.
         """
         digest = hashlib.blake2b(digest_size=16)
-        files = [self.directory / self.gguf_file] if self.gguf_file else sorted(self.directory.glob("*"))
+        files = [self.path] if self.path.is_file() else sorted(self.directory.glob("*"))
         for path in files:
             if path.is_file() and path.suffix in {".json", ".safetensors", ".gguf", ".model", ".bin", ".jinja"}:
                 size = path.stat().st_size
                 digest.update(f"{path.name} {size}\n".encode())
                 with path.open("rb") as file:
-                    digest.update(file.read(1 << 20))
-                    file.seek(max(0, size - (1 << 20)))
-                    digest.update(file.read())
+                    if size <= _SAMPLES * _SAMPLE_BYTES:
+                        digest.update(file.read())
+                        continue
+                    for number in range(_SAMPLES):
+                        file.seek(number * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                        digest.update(file.read(_SAMPLE_BYTES))
         return digest.hexdigest()
 
 

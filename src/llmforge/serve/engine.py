@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from llmforge.errors import InputError, ModelError
-from llmforge.models.device import DTYPES, best_dtype, find_device
+from llmforge.models.device import DTYPES, Dtype, best_dtype, find_device
 from llmforge.models.load import load_base_model, load_tokenizer, quiet
 from llmforge.models.source import ModelSource, check_adapter, check_weights, find_model
 from llmforge.prompt import Encoder, Message, StopRules, load_format
@@ -33,14 +33,25 @@ class Engine:
     device: torch.device
 
     @classmethod
-    def load(cls, artifact: Path) -> Self:
+    def load(
+        cls,
+        artifact: Path,
+        *,
+        dtype: Dtype | None = None,
+        trust_remote_code: bool = False,
+        allow_pickle_weights: Sequence[str] = (),
+    ) -> Self:
         """Load an artifact: base model and adapter, or whole weights, with its prompt format.
+
+        Args:
+            dtype: number format of weights and computation; None takes the best for the hardware.
+            trust_remote_code, allow_pickle_weights: what the run's config allowed for the base model.
 
         Raises:
             ModelError: the artifact or its base model is missing or damaged.
         """
         device = find_device()
-        dtype = DTYPES[best_dtype(device)[0]]
+        held = DTYPES[dtype or best_dtype(device)[0]]
         if (artifact / "adapter_config.json").is_file():
             check_adapter(artifact, key="artifact")
             settings = json.loads((artifact / "adapter_config.json").read_text(encoding="utf-8"))
@@ -49,22 +60,24 @@ class Engine:
                 key="base model",
                 relative_to=artifact,
                 revision=settings.get("revision"),
+                allow_pickle_weights=allow_pickle_weights,
+                trust_remote_code=trust_remote_code,
             )
-            model = load_base_model(source, dtype=dtype)
+            model = load_base_model(source, dtype=held, trust_remote_code=trust_remote_code)
             with quiet():
                 model = peft.PeftModel.from_pretrained(model, artifact)
         else:
             if not artifact.is_dir():
                 raise ModelError(f"there is no artifact at {artifact}; give a run directory or an artifact directory")
             check_weights(artifact, key="artifact")
-            model = load_base_model(ModelSource(str(artifact), artifact), dtype=dtype)
+            source = ModelSource(str(artifact), artifact)
+            model = load_base_model(source, dtype=held, trust_remote_code=trust_remote_code)
         model.generation_config = transformers.GenerationConfig.from_pretrained(artifact)
-        encoder, stop = load_format(artifact, load_tokenizer(ModelSource(str(artifact), artifact)))
+        tokenizer = load_tokenizer(ModelSource(str(artifact), artifact), trust_remote_code=trust_remote_code)
+        encoder, stop = load_format(artifact, tokenizer)
         return cls(model.to(device).eval(), encoder, stop, device)
 
-    def generate(
-        self, conversations: Sequence[Sequence[Message]], *, batch_size: int = 8, **options: Any
-    ) -> list[str]:
+    def generate(self, conversations: Sequence[Sequence[Message]], *, batch_size: int = 8, **options: Any) -> list[str]:
         """Answer conversations, several at a time, those of like length together.
 
         Args:

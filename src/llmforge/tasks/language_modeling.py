@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import cross_entropy
 
 from llmforge.data.samples import Sample
 from llmforge.prompt.encoder import Trained
@@ -98,8 +98,8 @@ class LanguageModeling:
     def loss(self, model: Any, batch: Batch) -> Loss:
         """Sum the weighted cross-entropy of the trained tokens, in nats.
 
-        Only trained positions are turned into log-probabilities, in fp32 or wider, and the head runs only from the first
-        of them on where the model allows it.
+        Only trained positions are turned into log-probabilities, in fp32 or wider, and where the model allows it the
+        head runs only from the first of them on.
         """
         trained_BT = batch.loss_weights_BT > 0
         if not batch.weight:
@@ -107,16 +107,14 @@ class LanguageModeling:
         # The logits at one place predict the token at the next.
         first = int(trained_BT.any(dim=0).nonzero()[0]) - 1
         kept = {"logits_to_keep": batch.input_ids_BT.shape[1] - first} if self.keeps_logits else {}
-        output = model(
-            input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False, **kept
-        )
+        output = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False, **kept)
         logits_BSV = output.logits if self.keeps_logits else output.logits[:, first:]
         predicts_BS = trained_BT[:, first + 1 :]
         logits_NV = logits_BSV[:, :-1][predicts_BS]
         logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         targets_N = batch.input_ids_BT[:, first + 1 :][predicts_BS]
         weights_N = batch.loss_weights_BT[:, first + 1 :][predicts_BS]
-        losses_N = F.cross_entropy(logits_NV, targets_N, reduction="none")
+        losses_N = cross_entropy(logits_NV, targets_N, reduction="none")
         return Loss((losses_N * weights_N).sum(), batch.weight)
 
     def metrics(self, mean_loss: float) -> dict[str, float]:

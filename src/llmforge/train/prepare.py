@@ -26,9 +26,9 @@ from llmforge.errors import InputError, ModelError, NotAvailableError
 from llmforge.export.artifact import build_generation_config
 from llmforge.models.device import best_dtype, find_device, free_memory
 from llmforge.models.hub import download
-from llmforge.models.load import ModelFacts, load_tokenizer, read_facts
+from llmforge.models.load import ModelFacts, as_plain_directory, load_tokenizer, read_facts
 from llmforge.models.source import ModelSource, check_adapter, find_model
-from llmforge.prompt import Encoder, StopRules, build_format
+from llmforge.prompt import Encoder, PromptFormat, StopRules, build_format
 from llmforge.prompt.rows import RowEncoder
 from llmforge.tasks import TASKS, LanguageModeling
 from llmforge.train.reporter import Reporter
@@ -78,13 +78,8 @@ def prepare_run(loaded: LoadedConfig, reporter: Reporter, progress: Callable[[in
     files = find_files(config.train_path, relative_to)
     valid_files = None if config.valid_path is None else find_files(config.valid_path, relative_to)
 
-    source = find_model(
-        config.model_id,
-        relative_to=relative_to,
-        revision=config.revision,
-        allow_pickle_weights=config.allow_pickle_weights,
-        trust_remote_code=config.trust_remote_code,
-    )
+    cache_dir = _cache_dir(config)
+    source = _find_model(loaded)
     weights_source = _initial_weights(config, source, relative_to)
     adapter = _initial_adapter(config, relative_to)
     facts = read_facts(source, trust_remote_code=config.trust_remote_code)
@@ -101,7 +96,6 @@ def prepare_run(loaded: LoadedConfig, reporter: Reporter, progress: Callable[[in
         raise loaded.error("generation_config.generate_kwargs", str(error)) from error
 
     layout = RowLayout(config.data_format, config.columns, task.needs_assistant)
-    cache_dir = Path(config.cache_dir or derive.cache_dir().value).expanduser()
     encode = RowEncoder(encoder, task.trained)
     fingerprint = encode.fingerprint()
 
@@ -139,6 +133,14 @@ def prepare_run(loaded: LoadedConfig, reporter: Reporter, progress: Callable[[in
             "task: causal_lm (the default): every token is trained, prompts too. "
             "To train only what the assistant says, set task: instruction_tuning"
         )
+    if isinstance(encoder.format, PromptFormat) and not encoder.format.assistant.startswith(
+        encoder.format.trailing_assistant
+    ):
+        reporter.note(
+            "prompt_format.assistant does not begin with trailing_assistant: the model is trained behind "
+            f"{encoder.format.assistant.partition('{instruction}')[0]!r} and asked behind "
+            f"{encoder.format.trailing_assistant!r}. Unless that is meant, begin assistant with trailing_assistant"
+        )
     return Preparation(
         config=resolved,
         device=device,
@@ -162,6 +164,10 @@ def load_encoder(loaded: LoadedConfig) -> Encoder:
     Raises:
         InputError: the model, its tokenizer or the format cannot be used.
     """
+    return _build_encoder(loaded.config, _find_model(loaded))
+
+
+def _find_model(loaded: LoadedConfig) -> ModelSource:
     config = loaded.config
     source = find_model(
         config.model_id,
@@ -170,7 +176,11 @@ def load_encoder(loaded: LoadedConfig) -> Encoder:
         allow_pickle_weights=config.allow_pickle_weights,
         trust_remote_code=config.trust_remote_code,
     )
-    return _build_encoder(config, source)
+    return as_plain_directory(source, _cache_dir(config))
+
+
+def _cache_dir(config: FineTuningConfig) -> Path:
+    return Path(config.cache_dir or derive.cache_dir().value).expanduser().resolve()
 
 
 def _build_encoder(config: FineTuningConfig, source: ModelSource) -> Encoder:
@@ -189,13 +199,14 @@ def _initial_weights(config: FineTuningConfig, source: ModelSource, relative_to:
     given = config.initial_base_model_ckpt_path
     if given is None:
         return source
-    weights = find_model(
+    found = find_model(
         given.repo_id if isinstance(given, RepoId) else given,
         key="initial_base_model_ckpt_path",
         relative_to=relative_to,
         allow_pickle_weights=config.allow_pickle_weights,
         trust_remote_code=config.trust_remote_code,
     )
+    weights = as_plain_directory(found, _cache_dir(config))
     ours, theirs = (read_facts(s, trust_remote_code=config.trust_remote_code) for s in (source, weights))
     if ours != theirs:
         raise ModelError(
@@ -247,7 +258,7 @@ def _located(
         "output_dir": str(Path(config.output_dir).expanduser().resolve()),
     }
     if config.cache_dir is not None:
-        located["cache_dir"] = str(cache_dir.resolve())
+        located["cache_dir"] = str(cache_dir)
     if source.is_local:
         located["model_id"] = str(source.path)
     if config.initial_base_model_ckpt_path is not None and weights_source.is_local:

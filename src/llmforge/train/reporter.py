@@ -7,7 +7,7 @@ class Reporter(Protocol):
     """Receives a run's progress; `jobs` implements it for files, terminals and tracking services."""
 
     def event(self, event: str, **fields: Any) -> None:
-        """Record one event (`started`, `step`, `evaluation`, `checkpoint`, `finished`, `failed`) and its JSON fields."""
+        """Record one event (`started`, `step`, `evaluation`, `checkpoint`, `finished`, `failed`); fields fit JSON."""
 
     def note(self, text: str) -> None:
         """Tell a person one thing, in one line."""

@@ -23,10 +23,9 @@ from llmforge.checkpoint import (
 from llmforge.config.resolved import ResolvedConfig
 from llmforge.data.batches import evaluation_batches
 from llmforge.export.artifact import write_artifact
-from llmforge.models.adapter import add_lora, check_continuation, load_adapter
+from llmforge.models.adapter import add_lora, check_continuation, load_adapter, starting_point
 from llmforge.models.device import DTYPES, autocast, device_name, weights_dtype
 from llmforge.models.load import (
-    as_plain_directory,
     build_skeleton,
     count_parameters,
     enable_activation_checkpointing,
@@ -60,7 +59,7 @@ def check_model(preparation: Preparation) -> int:
     """Build the model without weights, check that the adapter fits it, and give the bytes that the run will write.
 
     Raises:
-        ModelError: the adapter's targets do not exist or cannot be adapted, or an adapter to continue does not fit them.
+        ModelError: the adapter's targets do not exist or cannot be adapted, or the adapter to continue is another one.
     """
     config = preparation.config
     skeleton = build_skeleton(preparation.weights_source, trust_remote_code=config.model.trust_remote_code)
@@ -99,7 +98,7 @@ def run(
     """
     config = preparation.config
     torch.manual_seed(config.optimization.seed)  # a fresh adapter's weights
-    model = _load_model(preparation, reporter)
+    model, start = _load_model(preparation, reporter)
     backend = SingleDevice(preparation.device)
     model = backend.prepare(model)
     parameters, trainable = count_parameters(model)
@@ -142,8 +141,8 @@ def run(
     )
     if config.optimization.num_warmup_steps >= last_step:
         reporter.note(
-            f"num_warmup_steps is {config.optimization.num_warmup_steps} and the run has {last_step} steps: the learning "
-            "rate never reaches its peak. Set num_warmup_steps lower"
+            f"num_warmup_steps is {config.optimization.num_warmup_steps} and the run has {last_step} steps: the "
+            "learning rate never reaches its peak. Set num_warmup_steps lower"
         )
     if dry_run:
         return None
@@ -210,6 +209,7 @@ def run(
     write_artifact(
         artifact,
         model=model,
+        start=start,
         base_model=result.base_model,
         revision=config.model.revision,
         dtype=DTYPES[config.speed.dtype],
@@ -221,11 +221,11 @@ def run(
     return result
 
 
-def _load_model(preparation: Preparation, reporter: Reporter) -> Any:
+def _load_model(preparation: Preparation, reporter: Reporter) -> tuple[Any, dict[str, torch.Tensor]]:
     """Load the base model and make trainable what the config says: the adapter, in fp32, or every weight, in fp32.
 
     Frozen weights are held in the computation's own number format; trained ones are not, because updates are smaller
-    than what bf16 can resolve.
+    than what bf16 can resolve. The second value is the adapter's `starting_point`.
     """
     config = preparation.config
     attention = None
@@ -235,7 +235,7 @@ def _load_model(preparation: Preparation, reporter: Reporter) -> Any:
         else:
             reporter.note("flash_attention_2 needs a CUDA GPU and the flash-attn package; PyTorch's attention is used")
     model = load_base_model(
-        _weights_directory(preparation),
+        preparation.weights_source,
         dtype=torch.float32 if config.adapter is None else weights_dtype(preparation.device, config.speed.dtype),
         attention=attention,
         trust_remote_code=config.model.trust_remote_code,
@@ -245,21 +245,19 @@ def _load_model(preparation: Preparation, reporter: Reporter) -> Any:
         if problem:
             reporter.note(problem)
     if config.adapter is None:
-        return model
-    model = add_lora(model, config.adapter.options)
-    if preparation.adapter is not None:
+        return model, {}
+    if preparation.adapter is not None:  # it belongs to the base weights as they are, however it once began
+        model = add_lora(model, {**config.adapter.options, "init_lora_weights": True})
         load_adapter(model, preparation.adapter)
-    return model
-
-
-def _weights_directory(preparation: Preparation) -> Any:
-    return as_plain_directory(preparation.weights_source, Path(preparation.config.data.cache_dir))
+        return model, {}
+    model = add_lora(model, config.adapter.options)
+    return model, starting_point(model)
 
 
 def _base_model_name(preparation: Preparation) -> str:
     """Name the base model so that PEFT finds it again: by its hub id, or by the directory of its plain weights."""
     source = preparation.weights_source
-    return str(_weights_directory(preparation).directory) if source.is_local else source.name
+    return str(source.directory) if source.is_local else source.name
 
 
 def _is_milestone(config: ResolvedConfig, steps_per_epoch: int, last_step: int, step: int) -> bool:
