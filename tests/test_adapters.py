@@ -75,6 +75,7 @@ def trained_model(run: Run, model_dir: Path) -> Any:
     config = load_config(run.run_dir / "resolved_config.yaml").config
     assert config.lora_config is not None
     options = config.lora_config.model_dump(mode="json", exclude_unset=True)
+    torch.manual_seed(config.seed)
     model = add_lora(load_base_model(ModelSource("", model_dir), dtype=torch.float32), options)
     load_checkpoint(list_checkpoints(run.run_dir / "checkpoints")[-1], model=model, optimizer=None)
     return model

@@ -118,7 +118,7 @@ def wait_for_steps(events: Path, count: int, is_running: Callable[[], bool]) -> 
 LONG: dict[str, Any] = {
     "lora_config": DROPOUT_LORA,
     "learning_rate": 1e-2,
-    "num_epochs": 12,
+    "num_epochs": 8,
     "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 5},
     "num_checkpoints_to_keep": 2,
 }

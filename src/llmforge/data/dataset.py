@@ -67,6 +67,10 @@ class PreparedData:
             max_tokens=int(self.lengths.max()),
         )
 
+    def largest_token_id(self) -> int:
+        """Return the largest token id of all samples; reads every shard."""
+        return max(int(open_cached(shard).input_ids.max(initial=0)) for shard in self.shards)
+
     def place(self, row: int) -> tuple[str, int]:
         """Return the file and line of a row."""
         return self.files[self.row_file[row]], int(self.row_line[row])

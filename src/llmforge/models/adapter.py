@@ -147,7 +147,7 @@ def subtract_starting_point(directory: Path, start: Mapping[str, torch.Tensor]) 
     weights, settings = directory / ADAPTER_WEIGHTS, directory / ADAPTER_CONFIG
     tensors = load_file(weights)
     for name, first in start.items():
-        if "_A" in name.rpartition(".lora_")[2]:  # (r, in)
+        if re.search(r"\.lora_(embedding_)?A\b", name):  # (r, in)
             tensors[name] = torch.cat([tensors[name], first.to(tensors[name])], dim=0)
         else:  # (out, r)
             tensors[name] = torch.cat([tensors[name], -first.to(tensors[name])], dim=1).contiguous()

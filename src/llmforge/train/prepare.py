@@ -114,6 +114,8 @@ def prepare_run(loaded: LoadedConfig, reporter: Reporter, progress: Callable[[in
     train_rows = read(files)
     valid_rows = None if valid_files is None else read(valid_files)
 
+    _check_vocabulary(encoder, facts, [train_rows] if valid_rows is None else [train_rows, valid_rows])
+
     device = find_device()
     derived = _derive(config, facts, device, train_rows)
     context_length = config.context_length or derived["context_length"].value
@@ -270,6 +272,19 @@ def _located(
 
 def _absolute(file: str) -> str:
     return file if "://" in file else str(Path(file).resolve())
+
+
+def _check_vocabulary(encoder: Encoder, facts: ModelFacts, splits: Sequence[PreparedData]) -> None:
+    """Refuse token ids that the model has no embedding for. Tokenizers often know more tokens than the data use."""
+    if len(encoder.tokenizer) <= facts.vocab_size:
+        return
+    largest = max(rows.largest_token_id() for rows in splits)
+    if largest >= facts.vocab_size:
+        raise ModelError(
+            f"the data use token {largest} ({encoder.decode([largest])!r}), but the model has embeddings for "
+            f"{facts.vocab_size} tokens only, and adding some is not available in this version; use the tokenizer that "
+            "belongs to the model, or keep that text out of data and prompt format"
+        )
 
 
 def _derive(
