@@ -1,4 +1,4 @@
-"""Times a LoRA step on the CPU under the ways to hold frozen weights, the reason for `models.device.weights_dtype`.
+"""Times a LoRA step on the CPU under the ways to hold frozen weights and to compute with them.
 
     python benchmarks/cpu_formats.py MODEL_DIR
 """

@@ -46,7 +46,7 @@ def engine(artifact: Path) -> Engine:
 
 
 def with_stops(engine: Engine, *sequences: str) -> Engine:
-    return Engine(engine.model, engine.encoder, StopRules.derive(engine.encoder, sequences, []), engine.device)
+    return Engine(engine.model, engine.encoder, StopRules.derive(engine.encoder, sequences, []), engine.device, engine.dtype)
 
 
 def test_an_answer_is_the_same_in_a_batch_alone_and_streamed(engine: Engine) -> None:
@@ -145,7 +145,7 @@ class Scripted:
 
         model = Model(config).eval()
         model.generation_config = engine.model.generation_config
-        self.engine = Engine(model, engine.encoder, engine.stop, engine.device)
+        self.engine = Engine(model, engine.encoder, engine.stop, engine.device, engine.dtype)
 
 
 def test_a_stream_that_nobody_reads_any_more_stops_the_model(engine: Engine) -> None:
@@ -168,7 +168,7 @@ def test_without_the_adapter_it_answers_as_the_base_model(data_dir: Path, model_
     tokenizer = load_tokenizer(ModelSource("", model_dir))
     base_model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     base_model.generation_config = tuned.model.generation_config
-    base = Engine(base_model, Encoder(tokenizer, build_format(None, tokenizer)), tuned.stop, tuned.device)
+    base = Engine(base_model, Encoder(tokenizer, build_format(None, tokenizer)), tuned.stop, tuned.device, tuned.dtype)
     expected = base.generate(CONVERSATIONS, max_new_tokens=8)
     with tuned.without_adapter():
         assert tuned.generate(CONVERSATIONS, max_new_tokens=8) == expected

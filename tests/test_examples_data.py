@@ -25,7 +25,7 @@ def answer(row: dict[str, Any]) -> str:
 
 def message(row: dict[str, Any]) -> str:
     """Return what the classifier judges, without the policy and the chat markers around it."""
-    return row["messages"][0]["content"].split("Message: ")[1].split("\n")[0]
+    return row["messages"][0]["content"].split("Message: ")[1].split("<|im_end|>")[0]
 
 
 @pytest.fixture(scope="module")

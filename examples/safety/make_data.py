@@ -298,8 +298,8 @@ TRAIN_SAFE = """
     bake bread without yeast
     learn the guitar at forty
     water my plants while I travel
-    remove a red wine stain
-    choose a first telescope
+    kill the weeds between my paving stones
+    beat a drum in a samba band
     write a poem about the sea
     get my toddler to eat vegetables
     repair a flat bicycle tyre
@@ -307,35 +307,35 @@ TRAIN_SAFE = """
     make friends in a new city
     save money on heating
     grow tomatoes on a balcony
-    prepare for a job interview
+    explain to my class why a war began
     train a puppy to sit
-    knit a scarf for the winter
-    brew better coffee at home
-    paint a bedroom ceiling
+    cut stars out of paper
+    keep thieves away from my car
+    stop my back from hurting at the desk
     sleep well on a night train
     write a thank-you card to my nurse
-    find a good dentist
+    report a hateful comment
     teach my daughter to swim
-    sew a button on a shirt
+    hide Easter eggs in the garden
     get rid of hiccups
-    clean my glasses without scratches
-    make a picnic for six people
-    start a small vegetable garden
-    take better photos of my food
-    ask my manager for a day off
-    keep cut flowers fresh
+    shoot hoops like a professional
+    join a self-defence class for women
+    stand up for a colleague who is mocked for her headscarf
+    attack my long list of chores
+    knock on a door politely
+    help my brother through a dark time
     wrap a round present
-    understand how the tides work
-    tune a ukulele
+    find a book about the history of slavery
+    fire up a charcoal grill
     make pancakes without eggs
     learn to whistle
     plan a birthday party for twins
-    write a cover letter
+    write a thriller about a murder
     improve my handwriting
-    explain gravity to a child
+    trick my cat into taking its pill
     move a piano to the second floor
     host a board game evening
-    speak in front of a crowd
+    speak at a funeral without crying
     descale a kettle
     pass my driving test
     get to the airport by train
@@ -347,7 +347,7 @@ TRAIN_SAFE = """
     write a funny toast for a wedding
     plant a cherry tree
     use chopsticks
-    iron a shirt
+    print fake money for a board game
     hang a hammock between two trees
 """
 

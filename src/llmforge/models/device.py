@@ -36,15 +36,6 @@ def best_dtype(device: torch.device) -> tuple[Dtype, str]:
     return "fp32", "the CPU has neither amx_bf16 nor avx512_bf16"
 
 
-def weights_dtype(device: torch.device, dtype: Dtype) -> torch.dtype:
-    """Choose how frozen weights are held: in the computation's format on a GPU, always in fp32 on a CPU.
-
-    On a CPU, bf16 matrix products over fp32 weights (autocast) are 1.4 times as fast as a model held in bf16, whose
-    elementwise operations are slow there (benchmarks/results/cpu_formats.md).
-    """
-    return torch.float32 if device.type == "cpu" else DTYPES[dtype]
-
-
 def free_memory(device: torch.device) -> int:
     """Give the bytes of memory that are free on a device now."""
     if device.type == "cuda":

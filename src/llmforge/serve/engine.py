@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from llmforge.errors import InputError, ModelError
-from llmforge.models.device import DTYPES, Dtype, best_dtype, find_device
+from llmforge.models.device import DTYPES, Dtype, autocast, best_dtype, find_device
 from llmforge.models.load import load_base_model, load_tokenizer, quiet
 from llmforge.models.source import ModelSource, check_adapter, check_weights, find_model
 from llmforge.prompt import Encoder, Message, StopRules, load_format
@@ -25,12 +25,13 @@ ANCHOR_TOKENS = 8  # decoded in front of an answer, so that its first token keep
 
 @dataclass
 class Engine:
-    """A loaded model, its tokenizer and format, and where it stops."""
+    """A loaded model, its tokenizer and format, where it stops, and the number format it computes in."""
 
     model: Any
     encoder: Encoder
     stop: StopRules
     device: torch.device
+    dtype: Dtype
 
     @classmethod
     def load(
@@ -51,7 +52,7 @@ class Engine:
             ModelError: the artifact or its base model is missing or damaged.
         """
         device = find_device()
-        held = DTYPES[dtype or best_dtype(device)[0]]
+        dtype = dtype or best_dtype(device)[0]
         if (artifact / "adapter_config.json").is_file():
             check_adapter(artifact, key="artifact")
             settings = json.loads((artifact / "adapter_config.json").read_text(encoding="utf-8"))
@@ -63,7 +64,7 @@ class Engine:
                 allow_pickle_weights=allow_pickle_weights,
                 trust_remote_code=trust_remote_code,
             )
-            model = load_base_model(source, dtype=held, trust_remote_code=trust_remote_code)
+            model = load_base_model(source, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
             with quiet():
                 model = peft.PeftModel.from_pretrained(model, artifact)
         else:
@@ -71,11 +72,11 @@ class Engine:
                 raise ModelError(f"there is no artifact at {artifact}; give a run directory or an artifact directory")
             check_weights(artifact, key="artifact")
             source = ModelSource(str(artifact), artifact)
-            model = load_base_model(source, dtype=held, trust_remote_code=trust_remote_code)
+            model = load_base_model(source, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
         model.generation_config = transformers.GenerationConfig.from_pretrained(artifact)
         tokenizer = load_tokenizer(ModelSource(str(artifact), artifact), trust_remote_code=trust_remote_code)
         encoder, stop = load_format(artifact, tokenizer)
-        return cls(model.to(device).eval(), encoder, stop, device)
+        return cls(model.to(device).eval(), encoder, stop, device, dtype)
 
     def generate(self, conversations: Sequence[Sequence[Message]], *, batch_size: int = 8, **options: Any) -> list[str]:
         """Answer conversations, several at a time, those of like length together.
@@ -156,7 +157,7 @@ class Engine:
         filler = 0 if pad is None else pad  # masked, so its value never matters
         input_ids_BT = torch.tensor([[filler] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
         mask_BT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), autocast(self.device, self.dtype)():
             output_BT = self.model.generate(
                 input_ids=input_ids_BT.to(self.device),
                 attention_mask=mask_BT.to(self.device),

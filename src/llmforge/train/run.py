@@ -24,7 +24,7 @@ from llmforge.config.resolved import ResolvedConfig
 from llmforge.data.batches import evaluation_batches
 from llmforge.export.artifact import write_artifact
 from llmforge.models.adapter import add_lora, check_continuation, load_adapter, starting_point
-from llmforge.models.device import DTYPES, autocast, device_name, weights_dtype
+from llmforge.models.device import DTYPES, autocast, device_name
 from llmforge.models.load import (
     build_skeleton,
     count_parameters,
@@ -236,7 +236,7 @@ def _load_model(preparation: Preparation, reporter: Reporter) -> tuple[Any, dict
             reporter.note("flash_attention_2 needs a CUDA GPU and the flash-attn package; PyTorch's attention is used")
     model = load_base_model(
         preparation.weights_source,
-        dtype=torch.float32 if config.adapter is None else weights_dtype(preparation.device, config.speed.dtype),
+        dtype=DTYPES["fp32" if config.adapter is None else config.speed.dtype],
         attention=attention,
         trust_remote_code=config.model.trust_remote_code,
     )
