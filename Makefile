@@ -25,7 +25,7 @@ quickstart: install $(MODEL)
 	$(RUN) examples/safety/quickstart.py --model $(MODEL)
 
 test: install-dev $(MODEL) install-tokenizers
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2
 
 check: lint types contracts test
 

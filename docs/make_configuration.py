@@ -1,6 +1,6 @@
 """Writes docs/configuration.md from the schema, so that the page and the program cannot disagree.
 
-    python docs/make_configuration.py
+python docs/make_configuration.py
 """
 
 from collections.abc import Iterator
@@ -14,21 +14,22 @@ PAGE = Path(__file__).parent / "configuration.md"
 INTRODUCTION = """\
 # Configuration
 
-One flat YAML file describes a run. The keys are LLMForge's published names, so its configs work unchanged. Numbers may be
-written `1e-4` or `37_580_963_840`. Unknown keys, wrong types and impossible combinations are errors with file, line and
-the nearest valid name; see them all at once with `llmforge validate --config-only CONFIG`.
+One flat YAML file describes a run. The keys are LLMForge's published names, so its configs work unchanged. Numbers may
+be written `1e-4` or `37_580_963_840`. Unknown keys, wrong types and impossible combinations are errors with file, line
+and the nearest valid name; see them all at once with `llmforge validate --config-only CONFIG`.
 
-* Any key can be overridden on the command line: `--set learning_rate=2e-4 --set lora_config.r=16`; `--set key=null` unsets.
+* Any key can be overridden on the command line: `--set learning_rate=2e-4 --set lora_config.r=16`; `--set key=null`
+  unsets.
 * `--default` chooses everything but the model and the data.
 * What you leave open is *derived* from data, model or hardware. `resolved_config.yaml` in the run directory holds every
   value with its origin as a comment, and is itself a valid config.
 * Relative paths are looked for beside the config file first, then in the working directory.
 * `llmforge schema` prints the JSON Schema, with which editors complete and check the file.
 
-Not in this version, and refused in plain words by `finetune` (`validate --config-only` accepts them): several devices and
-Ray (`num_devices` above 1, `worker_resources`, `trainer_resources`, `parallel`, `deepspeed`), the tasks `classification`,
-`preference_tuning` and `vision_language`, `quantization`, `packing: true`, `liger_kernel`, buckets for weights and output,
-and a `context_length` above the model's own.
+Not in this version, and refused in plain words by `finetune` (`validate --config-only` accepts them): several devices
+and Ray (`num_devices` above 1, `worker_resources`, `trainer_resources`, `parallel`, `deepspeed`), the tasks
+`classification`, `preference_tuning` and `vision_language`, `quantization`, `packing: true`, `liger_kernel`, buckets
+for weights and output, and a `context_length` above the model's own.
 
 This page is written by `python docs/make_configuration.py` from the schema.
 """
@@ -73,7 +74,13 @@ def allowed(field: dict[str, Any]) -> str:
     kind = field.get("type", "anything")
     if kind == "array":
         return f"list of {allowed(field['items'])}" if isinstance(field.get("items"), dict) else "list"
-    words = {"integer": "whole number", "number": "number", "boolean": "true, false", "string": "text", "object": "mapping"}
+    words = {
+        "integer": "whole number",
+        "number": "number",
+        "boolean": "true, false",
+        "string": "text",
+        "object": "mapping",
+    }
     bounds = [
         f"{sign} {field[name]}"
         for name, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))

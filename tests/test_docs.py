@@ -1,4 +1,4 @@
-"""What README and docs show is true: every YAML block is a valid config (part), Python blocks run, tables are current."""
+"""What README and docs show is true: YAML blocks are valid configs, Python blocks run, tables are current."""
 
 import re
 import runpy

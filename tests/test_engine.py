@@ -46,7 +46,9 @@ def engine(artifact: Path) -> Engine:
 
 
 def with_stops(engine: Engine, *sequences: str) -> Engine:
-    return Engine(engine.model, engine.encoder, StopRules.derive(engine.encoder, sequences, []), engine.device, engine.dtype)
+    return Engine(
+        engine.model, engine.encoder, StopRules.derive(engine.encoder, sequences, []), engine.device, engine.dtype
+    )
 
 
 def test_an_answer_is_the_same_in_a_batch_alone_and_streamed(engine: Engine) -> None:

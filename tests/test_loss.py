@@ -129,13 +129,15 @@ def test_one_trained_token_anywhere_is_enough(place: int) -> None:
         assert loss == pytest.approx(float(plain_loss(model, [sample]).detach()), abs=1e-9)
 
 
-def test_the_head_runs_only_from_the_first_trained_token_on() -> None:
+def test_the_head_runs_only_where_some_row_is_trained() -> None:
     model = build("full")
     seen: list[int] = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
     task = InstructionTuning(PAD, None, True)
-    task.loss(model, task.collate([Sample(list(range(10, 20)), [0.0] * 7 + [1.0] * 3)]))
-    assert seen == [4]  # three predictions, and the last position, whose prediction is not used
+    first = Sample(list(range(10, 20)), [0.0] * 7 + [1.0] * 3)
+    second = Sample(list(range(20, 26)), [0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
+    task.loss(model, task.collate([first, second]))
+    assert seen == [4]  # the places 7, 8 and 9 of the first, and 2 of the second
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

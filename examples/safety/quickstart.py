@@ -39,7 +39,9 @@ def main() -> None:
 
     print(f"\n{'accuracy on ' + str(len(rows)) + ' unseen messages':<40} {'before':>8} {'after':>8}")
     for name, judge in (("safe or unsafe", label), ("the whole answer, category included", str)):
-        scores = [sum(judge(a) == judge(e) for a, e in zip(answers, expected)) for answers in (before, after)]
+        scores = [
+            sum(judge(a) == judge(e) for a, e in zip(answers, expected, strict=True)) for answers in (before, after)
+        ]
         print(f"{name:<40} {scores[0] / len(rows):>8.1%} {scores[1] / len(rows):>8.1%}")
 
     print(f"\n{'message':<58} {'expected':<12} {'before':<14} after")

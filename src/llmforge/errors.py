@@ -76,7 +76,7 @@ class NonFiniteLossError(RunError):
     """The loss or the gradient norm is NaN or infinite; nothing was updated with it."""
 
 
-class Interrupted(RunError):
+class Interrupted(RunError):  # noqa: N818 - not an error of anyone's
     """The user interrupted the run; its last checkpoint can be resumed."""
 
     exit_code = 130

@@ -1,7 +1,7 @@
 """Next-token prediction over weighted tokens: the batch, the loss and the metrics that several tasks share.
 
-Shapes: B samples in a micro-batch, T tokens in the longest of them (padded on the right), S the last positions whose
-logits are needed, V vocabulary, N trained tokens of the micro-batch.
+Shapes: B samples in a micro-batch, T tokens in the longest of them (padded on the right), S the places where some row
+is trained, V vocabulary, N trained tokens of the micro-batch.
 """
 
 import math
@@ -99,21 +99,22 @@ class LanguageModeling:
         """Sum the weighted cross-entropy of the trained tokens, in nats.
 
         Only trained positions are turned into log-probabilities, in fp32 or wider, and where the model allows it the
-        head runs only from the first of them on.
+        head runs only where some row of the batch is trained.
         """
         trained_BT = batch.loss_weights_BT > 0
         if not batch.weight:
             return Loss(torch.zeros((), device=batch.input_ids_BT.device, requires_grad=True), 0.0)
-        # The logits at one place predict the token at the next.
-        first = int(trained_BT.any(dim=0).nonzero()[0]) - 1
-        kept = {"logits_to_keep": batch.input_ids_BT.shape[1] - first} if self.keeps_logits else {}
+        places_S = trained_BT.any(dim=0).nonzero().squeeze(1)
+        # The logits at one place predict the token at the next. Places are given as a tensor even where they are a
+        # tail: of a slice, torch makes a batched product that copies the head's weight for every row.
+        kept = {"logits_to_keep": places_S - 1} if self.keeps_logits else {}
         output = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False, **kept)
-        logits_BSV = output.logits if self.keeps_logits else output.logits[:, first:]
-        predicts_BS = trained_BT[:, first + 1 :]
-        logits_NV = logits_BSV[:, :-1][predicts_BS]
+        logits_BSV = output.logits if self.keeps_logits else output.logits[:, places_S - 1]
+        trained_BS = trained_BT[:, places_S]
+        logits_NV = logits_BSV[trained_BS]
         logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-        targets_N = batch.input_ids_BT[:, first + 1 :][predicts_BS]
-        weights_N = batch.loss_weights_BT[:, first + 1 :][predicts_BS]
+        targets_N = batch.input_ids_BT[:, places_S][trained_BS]
+        weights_N = batch.loss_weights_BT[:, places_S][trained_BS]
         losses_N = cross_entropy(logits_NV, targets_N, reduction="none")
         return Loss((losses_N * weights_N).sum(), batch.weight)
 
