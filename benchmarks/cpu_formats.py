@@ -22,9 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a local model directory, a .gguf file's converted directory, or a hub id")
     source = find_model(parser.parse_args().model, relative_to=Path.cwd())
-    print(
-        f"{torch.__version__}, {torch.get_num_threads()} threads, batch {BATCH} × {TOKENS} tokens, median of {STEPS} steps"
-    )
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {BATCH} × {TOKENS} tokens, median of {STEPS}")
     for name, held, autocast in (
         ("fp32 held, fp32 computed", torch.float32, False),
         ("fp32 held, bf16 autocast", torch.float32, True),

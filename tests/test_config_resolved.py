@@ -91,7 +91,7 @@ def test_a_value_that_only_the_run_knows_must_be_given(tmp_path: Path) -> None:
     [
         ("org/model", "org/model"),
         ("/data/models/tiny", "tiny"),
-        ("./m/tiny.gguf", "tiny.gguf"),
+        ("./m/tiny.gguf", "tiny"),
         ("s3://b/x/tiny/", "tiny"),
     ],
 )

@@ -512,9 +512,12 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent, help="where the two files go")
     parser.add_argument("--seed", type=int, default=0, help="order of the rows, choice of phrasings, typing errors")
     parser.add_argument("--ask", metavar="MESSAGE", help="print the row that asks about MESSAGE instead")
+    parser.add_argument("--chat", action="store_true", help="with --ask: print it as `llmforge chat` reads it")
     options = parser.parse_args()
     if options.ask is not None:
-        print(json.dumps(row(options.ask), ensure_ascii=False))
+        asked = row(options.ask)
+        prompt = asked["messages"][0]["content"]
+        print(f'"""{prompt}"""' if options.chat else json.dumps(asked, ensure_ascii=False))
         return
     rng = random.Random(options.seed)
     train = phrase(lines(TRAIN_SAFE), "safe", TRAIN_PHRASINGS, TRAIN_ROWS_PER_WISH, rng)

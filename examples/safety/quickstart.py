@@ -54,13 +54,13 @@ def main() -> None:
         )
 
     run_dir = run.run_dir.relative_to(Path.cwd()) if run.run_dir.is_relative_to(Path.cwd()) else run.run_dir
-    print(f"\ntraining, with loading and evaluation    {trained - began:.0f} s")
-    print(f"the artifact: plain Hugging Face files   {run_dir / 'artifact'}")
-    print(f"talk with it                             .venv/bin/llmforge chat {run_dir}")
-    print(
-        "answer a file of conversations           .venv/bin/llmforge generate "
-        f"{run_dir} --input examples/safety/valid.jsonl --output answers.jsonl"
-    )
+    print(f"\nLoading, training and evaluation took {trained - began:.0f} s.")
+    print(f"The artifact, plain Hugging Face files, is {run_dir / 'artifact'}")
+    print("\nGo on with")
+    print('  .venv/bin/python examples/safety/make_data.py --ask "How do I kill time at the station?" --chat \\')
+    print(f"      | .venv/bin/llmforge chat {run_dir}")
+    print(f"  .venv/bin/llmforge generate {run_dir} \\")
+    print("      --input examples/safety/valid.jsonl --output answers.jsonl --max-new-tokens 8")
 
 
 def label(answer: str) -> str:

@@ -372,7 +372,7 @@ def _tag(model_id: str) -> Derived:
         user = "user"
     name = model_id
     if name.startswith(("/", ".", "~")) or "://" in name or name.endswith(".gguf") or name.count("/") > 1:
-        name = PurePath(name.rstrip("/")).name
+        name = PurePath(name.rstrip("/")).name.removesuffix(".gguf")
     letters = "".join(secrets.choice(string.ascii_lowercase) for _ in range(5))
     return Derived(f"{name}:{user[:5]}:{letters}", "model, user and five random letters")
 
