@@ -182,13 +182,15 @@ def test_every_key_is_documented() -> None:
 
 
 def test_lora_fields_are_those_of_peft() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     theirs = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     assert set(LoraConfig.model_fields) == theirs
 
 
 def test_lora_options_make_a_peft_config(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     path = tmp_path / "c.yaml"
     path.write_text(
         yaml.safe_dump(
@@ -252,7 +254,8 @@ def test_json_schema_describes_the_file() -> None:
 
 
 def test_json_schema_agrees_with_the_loader() -> None:
-    jsonschema = pytest.importorskip("jsonschema")
+    import jsonschema
+
     validator = jsonschema.Draft202012Validator(json_schema())
     for file in sorted((Path(__file__).parent / "configs").glob("*.yaml")):
         assert not list(validator.iter_errors(read_source(file).data)), file

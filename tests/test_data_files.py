@@ -156,7 +156,6 @@ def test_a_url_that_cannot_be_reached_keeps_its_secret(here):
     ],
 )
 def test_web_servers(here, path, says):
-    pytest.importorskip("aiohttp")
 
     class Files(SimpleHTTPRequestHandler):
         def send_head(self):

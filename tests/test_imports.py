@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
-
 from commands import program
 
 HEAVY = ("torch", "transformers", "peft", "pyarrow", "numpy", "matplotlib", "huggingface_hub", "rich", "fsspec")
@@ -56,7 +54,6 @@ def test_looking_for_a_model_imports_no_torch(tmp_path: Path) -> None:
 
 
 def test_the_import_contracts_hold() -> None:
-    pytest.importorskip("importlinter")
     root = Path(__file__).parent.parent
     statement = "from importlinter.cli import lint_imports_command; lint_imports_command()"
     outcome = program("-c", statement, "--no-cache", cwd=root)

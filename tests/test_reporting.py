@@ -427,7 +427,6 @@ def send_whole_run(logger: Any) -> None:
 
 
 def test_tensorboard_gets_every_number_by_step(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = open_logger("tensorboard", {}, tmp_path)
@@ -443,7 +442,8 @@ def test_tensorboard_gets_every_number_by_step(tmp_path: Path) -> None:
 
 
 def test_mlflow_gets_parameters_and_every_number_by_step(tmp_path: Path) -> None:
-    mlflow = pytest.importorskip("mlflow")
+    import mlflow
+
     options = {"tracking_uri": f"file:{tmp_path}/ml", "experiment_name": "mine"}
     with pytest.raises(ConfigError, match=r"'mine' does not exist.*create_experiment_if_not_exists"):
         open_logger("mlflow", {**options, "create_experiment_if_not_exists": False}, tmp_path)
@@ -469,7 +469,6 @@ def test_mlflow_gets_parameters_and_every_number_by_step(tmp_path: Path) -> None
 def test_an_mlflow_server_that_is_not_there_is_an_error_at_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(ConfigError, match=r"mlflow could not start a run: .*refused.*provider_config"):
         open_logger("mlflow", {"tracking_uri": "http://127.0.0.1:9"}, tmp_path)
@@ -493,7 +492,7 @@ def read_leveldb_log(content: bytes) -> Iterator[bytes]:
 
 
 def test_wandb_gets_every_number_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = pytest.importorskip("wandb")
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -534,7 +533,6 @@ def test_a_wrong_logger_section_is_refused(provider: str, options: dict, message
 
 
 def test_wandb_needs_a_key_a_login_or_another_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -552,7 +550,6 @@ def test_wandb_needs_a_key_a_login_or_another_mode(tmp_path: Path, monkeypatch: 
 
 
 def test_mlflow_needs_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ConfigError, match="tracking_uri"):
         check_logger("mlflow", {})

@@ -1,8 +1,8 @@
 """The one place that assembles a training run: it reads the whole config and hands each part its own section."""
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -22,6 +22,7 @@ from llmforge.checkpoint import (
 )
 from llmforge.config.resolved import ResolvedConfig
 from llmforge.data.batches import evaluation_batches
+from llmforge.errors import RunError
 from llmforge.export.artifact import write_artifact
 from llmforge.models.adapter import add_lora, check_continuation, load_adapter, starting_point
 from llmforge.models.device import DTYPES, autocast, device_name
@@ -176,7 +177,7 @@ def run(
 
     if config.checkpoint.eval_first and first_step == 0:
         measure(0)
-    with interruptions() as interrupted:
+    with interruptions() as interrupted, _memory_in_words(preparation):
         train(
             model,
             task,
@@ -219,6 +220,21 @@ def run(
         add_documents=lambda directory: add_documents(directory, result),
     )
     return result
+
+
+@contextmanager
+def _memory_in_words(preparation: Preparation) -> Iterator[None]:
+    """Turn the device's out-of-memory error into what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        config = preparation.config
+        raise RunError(
+            f"out of memory on {device_name(preparation.device)} with train_batch_size_per_device "
+            f"{config.optimization.train_batch_size_per_device} and context_length {config.data.context_length}. Lower "
+            "one of them (raise gradient_accumulation_steps to keep the examples per step), or set "
+            "gradient_checkpointing: true"
+        ) from error
 
 
 def _load_model(preparation: Preparation, reporter: Reporter) -> tuple[Any, dict[str, torch.Tensor]]:
