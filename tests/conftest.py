@@ -10,6 +10,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more, and lose much on shared cores
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes depends on what else the machine does; the suite as a whole is timed, not its examples.
+settings.register_profile("llmforge", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("llmforge")
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog. What is the capital of France? The capital of France is Paris. "
