@@ -166,7 +166,7 @@ def test_any_text_survives_the_round_trip(
         "train_path": "b",
         "generation_config": {"prompt_format": templates, "generate_kwargs": options},
     }
-    path.write_text(yaml.safe_dump(data, allow_unicode=True), encoding="utf-8", newline="")
+    path.write_text(yaml.safe_dump(data), encoding="utf-8", newline="")  # escapes: PyYAML loses a bare U+0085
     data["generation_config"] |= {"stopping_sequences": [], "stopping_tokens": []}
     first = ResolvedConfig.to_yaml(resolve(load_config(path), DERIVED | {"custom_model_tag": Derived("t", "t")}))
     assert parse_source(first, "r").data["generation_config"]["prompt_format"] == templates

@@ -63,5 +63,6 @@ def test_commands_that_are_shown_exist(page):
     from llmforge.cli.app import app
 
     known = set(typer.main.get_command(app).commands)
-    for command in re.findall(r"^(?:\.venv/bin/)?llmforge ([a-z]+)", page.read_text(encoding="utf-8"), re.M):
+    shown = "".join(re.findall(r"^```bash\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S))
+    for command in re.findall(r"^(?:\.venv/bin/)?llmforge ([a-z]+)", shown, re.M):
         assert command in known, command

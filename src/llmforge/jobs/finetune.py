@@ -56,7 +56,8 @@ def finetune(loaded: LoadedConfig, audience: Audience, *, dry_run: bool = False)
     write_atomically(directory.config, loaded.text)
     preparation.train.dataset.ledger.write(directory.rows)
     write_manifest(directory.manifest, _manifest(loaded, preparation))
-    write_atomically(directory.resolved_config, preparation.config.to_yaml())  # the last: with it a run can be resumed
+    # The last: with it a run can be resumed.
+    write_atomically(directory.resolved_config, redact(preparation.config.to_yaml()))
     return _train(directory, preparation, audience)
 
 
