@@ -76,15 +76,8 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
 def _read_config(source: ModelSource, trust_remote_code: bool) -> Any:
     with quiet():
         try:
-            return transformers.AutoConfig.from_pretrained(
-                source.directory, trust_remote_code=trust_remote_code, **source.load_options
-            )
+            return transformers.AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
         except UNREADABLE as error:
-            if source.gguf_file is not None:
-                raise ModelError(
-                    f"{source.name} cannot be read as GGUF ({_reason(error)}); download it again, or give the model as "
-                    "a directory"
-                ) from error
             if not trust_remote_code:
                 _refuse_code(source, "config.json")
             model_type = _read_json(source.directory / "config.json").get("model_type")
