@@ -1,6 +1,5 @@
 """Generates answers with transformers on one device, from an artifact and the prompt format it was trained with."""
 
-import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,10 +12,11 @@ import peft
 import torch
 import transformers
 
-from llmforge.errors import InputError, ModelError
+from llmforge.errors import InputError
 from llmforge.models.device import DTYPES, Dtype, autocast, best_dtype, find_device
-from llmforge.models.load import load_base_model, load_tokenizer, quiet
-from llmforge.models.source import ModelSource, check_adapter, check_weights, find_model
+from llmforge.models.load import load_tokenizer, quiet
+from llmforge.models.source import ModelSource
+from llmforge.models.trained import load_trained_model
 from llmforge.prompt import Encoder, Message, StopRules, load_format
 
 DEFAULT_NEW_TOKENS = 512
@@ -53,26 +53,12 @@ class Engine:
         """
         device = find_device()
         dtype = dtype or best_dtype(device)[0]
-        if (artifact / "adapter_config.json").is_file():
-            check_adapter(artifact, key="artifact")
-            settings = json.loads((artifact / "adapter_config.json").read_text(encoding="utf-8"))
-            source = find_model(
-                settings["base_model_name_or_path"],
-                key="base model",
-                relative_to=artifact,
-                revision=settings.get("revision"),
-                allow_pickle_weights=allow_pickle_weights,
-                trust_remote_code=trust_remote_code,
-            )
-            model = load_base_model(source, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
-            with quiet():
-                model = peft.PeftModel.from_pretrained(model, artifact)
-        else:
-            if not artifact.is_dir():
-                raise ModelError(f"there is no artifact at {artifact}; give a run directory or an artifact directory")
-            check_weights(artifact, key="artifact")
-            source = ModelSource(str(artifact), artifact)
-            model = load_base_model(source, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+        model = load_trained_model(
+            artifact,
+            dtype=DTYPES[dtype],
+            trust_remote_code=trust_remote_code,
+            allow_pickle_weights=allow_pickle_weights,
+        )
         model.generation_config = transformers.GenerationConfig.from_pretrained(artifact)
         tokenizer = load_tokenizer(ModelSource(str(artifact), artifact), trust_remote_code=trust_remote_code)
         encoder, stop = load_format(artifact, tokenizer)
