@@ -1,0 +1,231 @@
+"""Proves the text side of an artifact: parity of token ids, the mask certificate, and that answers end in a stop."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmforge.data.samples import Sample
+from llmforge.errors import ConversationError
+from llmforge.export.proof import SEED, Proof
+from llmforge.models.load import load_tokenizer
+from llmforge.models.source import ModelSource
+from llmforge.prompt import Encoder, StopRules
+from llmforge.prompt.adversary import TEXTS, random_conversations
+from llmforge.prompt.certificate import Certificate, Certifier, Finding
+from llmforge.prompt.encoder import Trained
+from llmforge.prompt.served import Served, side_by_side
+from llmforge.tasks import LanguageModeling
+
+ROWS = 200  # of the user's own, examined token by token
+RANDOM_CONVERSATIONS = 200
+# The files that decide what text becomes.
+_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "prompt_format.yaml")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of the user's and the samples it was trained as; `dropped` counts those that the ledger left out."""
+
+    place: str
+    content: Mapping[str, Any]
+    samples: Sequence[Sample]
+    dropped: int = 0
+
+
+def prove_text(
+    directory: Path,
+    *,
+    encoder: Encoder,
+    stop: StopRules,
+    task: LanguageModeling,
+    rows: Iterable[Row],
+    context_length: int | None = None,
+    trust_remote_code: bool = False,
+) -> Proof:
+    """Prove parity, mask and stop for the text side of an artifact, on rows and on random conversations.
+
+    Args:
+        directory: tokenizer with chat template, and generation config, as a server would load them.
+        encoder: what training used.
+        stop: where generation ends.
+        task: collates samples into batches, whose weights are the ones that count.
+        rows: the user's own, with the samples they were trained as.
+        context_length: tokens at which these samples were cut off.
+
+    Raises:
+        ModelError: the tokenizer cannot be read.
+        PromptFormatError: its chat template is not valid Jinja.
+    """
+    tokenizer = load_tokenizer(ModelSource(str(directory), directory), trust_remote_code=trust_remote_code)
+    served = Served(tokenizer)
+    certifier = Certifier(served, encoder.format, stop, task.trained, context_length)
+    examined = 0
+    for row in rows:
+        examined += 1
+        for sample in row.samples:
+            certifier.check_bos(sample, row.place)
+        weights, pads = _batch_weights(task, row, certifier.certificate)
+        certifier.examine(row.content, row.samples, row.place, batch_weights=weights, dropped=row.dropped)
+        certifier.certificate.tokens["pad"] += pads
+    certificate = certifier.certificate
+    proof = Proof(findings=list(certificate.findings))
+
+    adversary = Certifier(served, encoder.format, stop, task.trained)
+    refused = _prove_random(encoder, adversary, task.trained)
+    proof.findings += adversary.certificate.findings
+    proof.findings += _generation_findings(directory, stop)
+
+    proof.sections["parity"] = {
+        "rows": examined,
+        "random_conversations": RANDOM_CONVERSATIONS,
+        "refused_conversations": refused,
+        "prompts": certificate.prompts + adversary.certificate.prompts,
+        "prompt_tokens": certificate.prompt_tokens + adversary.certificate.prompt_tokens,
+        "differences": sum(finding.check == "parity" for finding in proof.findings),
+        "targets": ["chat_template"],
+    }
+    proof.sections["mask"] = {
+        "rows": certificate.rows,
+        "samples": certificate.samples,
+        "tokens": dict(certificate.tokens),
+        "turns": certificate.turns,
+        "turns_cut_off": certificate.turns - certificate.whole_turns,
+        "turns_exact": certificate.exact_turns,
+        "random_turns": adversary.certificate.turns,
+    }
+    proof.sections["stop"] = {
+        "turns": certificate.whole_turns,
+        "end_in_stop_token": certificate.token_stops,
+        "stop_inside_text": certificate.early_stops,
+        "token_ids": list(stop.token_ids),
+        "sequences": list(stop.sequences),
+    }
+    _remark(proof, certificate)
+    return proof
+
+
+def _batch_weights(task: LanguageModeling, row: Row, certificate: Certificate) -> tuple[list[list[float]] | None, int]:
+    """Collate a row's samples as training does; give each one's weights in the batch, and count what pads them."""
+    if not row.samples:
+        return None, 0
+    batch = task.collate(row.samples)
+    weights: list[list[float]] = []
+    for number, sample in enumerate(row.samples):
+        length = len(sample.input_ids)
+        weights.append(batch.loss_weights_BT[number, :length].tolist())
+        if batch.loss_weights_BT[number, length:].any() or batch.attention_mask_BT[number, length:].any():
+            certificate.findings.append(Finding("mask", "pad_trained", f"{row.place}: padding carries loss"))
+        if not torch.equal(batch.input_ids_BT[number, :length], torch.as_tensor(sample.input_ids)):
+            certificate.findings.append(Finding("mask", "batch_differs", f"{row.place}: the batch holds other tokens"))
+    return weights, int(batch.input_ids_BT.numel() - sum(map(len, weights)))
+
+
+def _prove_random(encoder: Encoder, certifier: Certifier, trained: Trained) -> int:
+    """Compare prompts and samples of random conversations; return how many both sides refuse."""
+    refused = 0
+    texts = (*TEXTS, *encoder.tokenizer.all_special_tokens)
+    drawn = [
+        messages
+        for orderly in (True, False)
+        for messages in random_conversations(RANDOM_CONVERSATIONS // 2, SEED, texts=texts, orderly=orderly)
+    ]
+    for number, messages in enumerate(drawn):
+        place = f"random conversation {number}"
+        try:
+            prompt = encoder.encode_prompt(messages)
+        except ConversationError:
+            refused += 1
+        else:
+            certifier.compare_prompt(messages, None, prompt, place)
+        if any(message["role"] == "assistant" for message in messages):
+            (samples,) = encoder.encode_conversations([{"messages": messages}], trained)
+            if not isinstance(samples, ConversationError):
+                certifier.examine({"messages": messages}, samples, place)
+    return refused
+
+
+def _generation_findings(directory: Path, stop: StopRules) -> list[Finding]:
+    """Check that `generation_config.json`, which every server reads, ends generation where the format does."""
+    path = directory / "generation_config.json"
+    try:
+        ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError) as error:
+        return [Finding("stop", "no_generation_config", f"{path.name} cannot be read: {error}")]
+    found = {ends} if isinstance(ends, int) else set(ends or ())
+    missing = [token for token in stop.token_ids if token not in found]
+    if not missing:
+        return []
+    return [
+        Finding(
+            "stop",
+            "export_lacks_stop",
+            f"generation_config.json has eos_token_id {ends}, without {missing}, at which the format ends a turn: a "
+            "server will not stop there",
+        )
+    ]
+
+
+def _remark(proof: Proof, certificate: Certificate) -> None:
+    if certificate.early_stops:
+        proof.remarks.append(
+            f"{certificate.early_stops:,} of {certificate.turns:,} trained turns hold a stop inside the assistant's "
+            "own text: generation would end there"
+        )
+    if certificate.exact_turns < certificate.whole_turns:
+        proof.remarks.append(
+            f"{certificate.whole_turns - certificate.exact_turns:,} of {certificate.whole_turns:,} trained turns hold "
+            "text that this tokenizer does not keep as it is (it normalises or lacks characters): the model learns "
+            "what the tokenizer makes of it"
+        )
+    by_text = certificate.whole_turns - certificate.token_stops
+    if by_text > 0:
+        proof.remarks.append(
+            f"{by_text:,} of {certificate.whole_turns:,} trained turns end in a stop sequence that is no single token: "
+            "servers stop there only if they are given the text (see stopping_sequences)"
+        )
+
+
+def text_hashes(directory: Path) -> dict[str, str]:
+    """Hash the files of an artifact that decide what text becomes."""
+    return {
+        name: hashlib.blake2b((directory / name).read_bytes(), digest_size=16).hexdigest()
+        for name in _TEXT_FILES
+        if (directory / name).is_file()
+    }
+
+
+def prove_record(
+    directory: Path, trained: Mapping[str, Any], served: Served, encoder: Encoder, stop: StopRules
+) -> list[Finding]:
+    """Compare the text side of an artifact with the record of its training: nothing was edited since."""
+    findings: list[Finding] = []
+    now = text_hashes(directory)
+    for name, before in trained["files"].items():
+        if now.get(name) != before:
+            what = "has been edited" if name in now else "is missing"
+            findings.append(
+                Finding("parity", "edited", f"{name} {what} since training: what is served is not what was trained")
+            )
+    if trained["stop"] != json.loads(stop.model_dump_json()):
+        findings.append(
+            Finding("stop", "edited", f"the stop rules were {trained['stop']} in training, and are {stop.model_dump()}")
+        )
+    for number, example in enumerate(trained["conversations"]):
+        (samples,) = encoder.encode_conversations(
+            [{"messages": example["messages"]}], "everything" if trained["task"] == "causal_lm" else "assistant"
+        )
+        if isinstance(samples, ConversationError):
+            findings.append(Finding("parity", "refused", f"recorded conversation {number} is refused now: {samples}"))
+        elif list(samples[0].input_ids) != example["input_ids"]:
+            shown = side_by_side(example["input_ids"], samples[0].input_ids, served.decode)
+            findings.append(
+                Finding("parity", "ids_differ", f"recorded conversation {number} has other token ids now: {shown}")
+            )
+        elif list(samples[0].loss_weights) != example["loss_weights"]:
+            findings.append(Finding("mask", "weights_differ", f"recorded conversation {number} is masked otherwise"))
+    return findings
