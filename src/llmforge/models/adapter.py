@@ -69,7 +69,7 @@ def check_continuation(model: Any, directory: Path) -> None:
     defaults, ours = peft.LoraConfig().to_dict(), model.peft_config["default"].to_dict()
     if theirs.get("peft_type") != "LORA":
         raise ModelError(f"{key}: the adapter in {directory} is of type {theirs.get('peft_type')}, not LORA")
-    if _splits_base(theirs.get("init_lora_weights", True)):
+    if splits_base(theirs.get("init_lora_weights", True)):
         raise ModelError(
             f"{key}: the adapter in {directory} was saved for base weights that its initialisation "
             f"({theirs['init_lora_weights']}) had changed; save it with PEFT's path_initial_model_for_weight_conversion"
@@ -132,7 +132,7 @@ def starting_point(model: Any) -> dict[str, torch.Tensor]:
 
     PiSSA and OLoRA do that: a model that starts as it was, split into an adapter and the rest. Any other gives none.
     """
-    if not _splits_base(model.peft_config["default"].init_lora_weights):
+    if not splits_base(model.peft_config["default"].init_lora_weights):
         return {}
     with quiet():
         state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -160,7 +160,7 @@ def subtract_starting_point(directory: Path, start: Mapping[str, torch.Tensor]) 
     settings.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _splits_base(init_lora_weights: bool | str) -> bool:
+def splits_base(init_lora_weights: bool | str) -> bool:
     return str(init_lora_weights).startswith(("pissa", "olora"))
 
 
@@ -209,14 +209,14 @@ def _ensures_tying(model: Any, fields: Mapping[str, Any]) -> bool:
         return False
     tied = {model.get_input_embeddings(), model.get_output_embeddings()}
     names = [name for name, module in model.named_modules() if module in tied]
-    adapted = any(_matches(fields.get("target_modules"), name) for name in names)
+    adapted = any(matches(fields.get("target_modules"), name) for name in names)
     if adapted and fields.get("ensure_weight_tying"):
         raise ModelError(
             "lora_config.ensure_weight_tying: true keeps the embeddings of modules_to_save tied, not LoRA matrices in "
             "target_modules, which are two adapters, one for the input side and one for the output side; remove it, or "
             "name the embedding in modules_to_save instead"
         )
-    return not adapted and any(_matches(fields.get("modules_to_save"), name) for name in names)
+    return not adapted and any(matches(fields.get("modules_to_save"), name) for name in names)
 
 
 def _check_names(model: torch.nn.Module, targets: str | Sequence[str] | None, key: str) -> None:
@@ -225,7 +225,7 @@ def _check_names(model: torch.nn.Module, targets: str | Sequence[str] | None, ke
         return
     names = [name for name, _ in model.named_modules() if name]
     each = [targets] if isinstance(targets, str) else [[target] for target in targets]
-    unmatched = [target for target in each if not any(_matches(target, name) for name in names)]
+    unmatched = [target for target in each if not any(matches(target, name) for name in names)]
     if unmatched:
         listed = ", ".join(target if isinstance(target, str) else target[0] for target in unmatched)
         raise ModelError(
@@ -240,12 +240,12 @@ def _unfit_modules(model: torch.nn.Module, targets: str | Sequence[str] | None) 
         dict.fromkeys(
             f"{name.rpartition('.')[2]} ({type(module).__name__})"
             for name, module in model.named_modules()
-            if _matches(targets, name) and not _is_adaptable(module)
+            if matches(targets, name) and not _is_adaptable(module)
         )
     )
 
 
-def _matches(targets: str | Sequence[str] | None, name: str) -> bool:
+def matches(targets: str | Sequence[str] | None, name: str) -> bool:
     """Say whether PEFT's target names, or its pattern, mean a module."""
     if targets is None or targets == "all-linear":
         return False

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import torch
@@ -69,7 +69,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
             if not trust_remote_code:
                 _refuse_code(source, "tokenizer_config.json")
             raise ModelError(
-                f"the tokenizer of {source.name} cannot be read ({_reason(error)}); copy or download its files again"
+                f"the tokenizer of {source.name} cannot be read ({reason(error)}); copy or download its files again"
             ) from error
 
 
@@ -92,7 +92,7 @@ def _read_config(source: ModelSource, trust_remote_code: bool) -> Any:
                     "know; upgrade transformers, or give another model"
                 ) from error
             raise ModelError(
-                f"{source.directory / 'config.json'} is not that of a {model_type} model ({_reason(error)}); copy or "
+                f"{source.directory / 'config.json'} is not that of a {model_type} model ({reason(error)}); copy or "
                 "download it again"
             ) from error
 
@@ -158,7 +158,7 @@ def as_plain_directory(source: ModelSource, cache_dir: Path) -> ModelSource:
                 )
             except UNREADABLE as error:
                 raise ModelError(
-                    f"{source.name} cannot be read as GGUF ({_reason(error)}); download it again, or give the model as "
+                    f"{source.name} cannot be read as GGUF ({reason(error)}); download it again, or give the model as "
                     "a directory"
                 ) from error
             model.save_pretrained(temporary)
@@ -169,7 +169,7 @@ def as_plain_directory(source: ModelSource, cache_dir: Path) -> ModelSource:
 def load_base_model(
     source: ModelSource,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Literal["auto"],
     attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
@@ -177,7 +177,7 @@ def load_base_model(
 
     Args:
         source: a plain directory (see `as_plain_directory`).
-        dtype: of the weights in memory.
+        dtype: of the weights in memory; "auto" is that of the files.
         attention: transformers' name of an attention implementation; None lets transformers choose.
 
     Raises:
@@ -198,7 +198,7 @@ def load_base_model(
         except torch.OutOfMemoryError:
             raise
         except UNREADABLE as error:
-            raise ModelError(f"the weights of {source.name} cannot be loaded: {_reason(error)}") from error
+            raise ModelError(f"the weights of {source.name} cannot be loaded: {reason(error)}") from error
     mismatched = sorted(report["mismatched_keys"])
     if mismatched:
         name, found, expected = mismatched[0]
@@ -235,7 +235,7 @@ def enable_activation_checkpointing(model: Any) -> str | None:
         with quiet():
             model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
-        return f"activation checkpointing is off: {_reason(error)}"
+        return f"activation checkpointing is off: {reason(error)}"
     return None
 
 
@@ -262,7 +262,7 @@ def quiet() -> Iterator[None]:
                 transformers.logging.enable_progress_bar()
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """Put an exception of transformers into one line."""
     text = " ".join(str(error).split())
     named = not text or isinstance(error, KeyError)
