@@ -22,7 +22,13 @@ UNWANTED = ("*/*", "consolidated*.safetensors")
 
 
 def download(
-    repo_id: str, *, key: str, revision: str | None = None, code: bool = False, pickles: Sequence[str] = ()
+    repo_id: str,
+    *,
+    key: str,
+    revision: str | None = None,
+    code: bool = False,
+    pickles: Sequence[str] = (),
+    weights: bool = True,
 ) -> Path:
     """Download a repository's config, tokenizer and safetensors weights; return the local snapshot.
 
@@ -31,6 +37,7 @@ def download(
         revision: branch, tag or commit.
         code: whether the repository's own Python files are wanted.
         pickles: names of pickle files that are wanted.
+        weights: whether weights are wanted at all.
 
     Raises:
         ModelError: not logged in, no access, no such model, hub not reached, or no place for the files.
@@ -46,7 +53,8 @@ def download(
     )
 
     endpoint = re.sub(r"//[^/@]*@", "//", constants.ENDPOINT)  # without the password of a mirror
-    wanted = [*WANTED, *pickles] + ([CODE] if code else [])
+    files = [pattern for pattern in WANTED if weights or pattern != "*.safetensors"]
+    wanted = [*files, *pickles] + ([CODE] if code else [])
     try:
         with _bars_only_on_terminals():
             return Path(

@@ -76,6 +76,7 @@ def find_model(
     revision: str | None = None,
     allow_pickle_weights: Sequence[str] = (),
     trust_remote_code: bool = False,
+    weights: bool = True,
 ) -> ModelSource:
     """Find a model's files, downloading them from the hub if `model_id` names a repository.
 
@@ -86,6 +87,7 @@ def find_model(
         revision: branch, tag or commit on the hub.
         allow_pickle_weights: names of pickle files that the config allows to be loaded.
         trust_remote_code: whether the repository's own Python files are wanted.
+        weights: whether weights are wanted; without them a directory may hold a tokenizer alone.
 
     Raises:
         ModelError: nothing usable is there; says what was found and what to change.
@@ -100,15 +102,22 @@ def find_model(
         if path.is_file():
             return _gguf_source(model_id, path, key)
         if path.is_dir():
-            pickles = check_weights(path, key=key, allow_pickle_weights=allow_pickle_weights)
+            pickles = check_weights(path, key=key, allow_pickle_weights=allow_pickle_weights) if weights else ()
             return ModelSource(model_id, path, pickles=pickles)
     if model_id.startswith((".", "/", "~")) or model_id.endswith(".gguf") or not HUB_ID.fullmatch(model_id):
         raise ModelError(
             f"{key}: there is no file or directory {model_id} (looked in {relative_to} and in the working directory). "
             "Give a local directory, a .gguf file, or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
         )
-    directory = download(model_id, key=key, revision=revision, code=trust_remote_code, pickles=allow_pickle_weights)
-    pickles = check_weights(directory, key=key, allow_pickle_weights=allow_pickle_weights)
+    directory = download(
+        model_id,
+        key=key,
+        revision=revision,
+        code=trust_remote_code,
+        pickles=allow_pickle_weights,
+        weights=weights,
+    )
+    pickles = check_weights(directory, key=key, allow_pickle_weights=allow_pickle_weights) if weights else ()
     return ModelSource(model_id, directory, pickles=pickles, is_local=False)
 
 

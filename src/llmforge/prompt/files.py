@@ -87,8 +87,12 @@ def save_format(directory: Path, format: Format, stop: StopRules) -> None:
         "stopping_sequences": list(stop.sequences),
         "stopping_tokens": list(stop.token_ids),
     }
-    text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
-    write_atomically(directory / FILE_NAME, text)
+    write_atomically(directory / FILE_NAME, write_yaml(content))
+
+
+def write_yaml(content: Mapping[str, Any]) -> str:
+    """Write keys of a config as YAML, templates in double quotes and each on one line."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)
 
 
 def load_format(directory: Path, tokenizer: Any) -> tuple[Encoder, StopRules]:
