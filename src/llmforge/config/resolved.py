@@ -65,6 +65,7 @@ class ModelSection:
     trust_remote_code: bool
     allow_pickle_weights: tuple[str, ...]
     initial_base_model: str | None
+    added_tokens: tuple[str, ...]
     quantization: Literal["none", "8bit", "4bit"]
 
 
@@ -272,6 +273,7 @@ def _regrouped(config: FineTuningConfig, values: dict[str, Any], origins: dict[s
             trust_remote_code=config.trust_remote_code,
             allow_pickle_weights=config.allow_pickle_weights,
             initial_base_model=_address(values["initial_base_model_ckpt_path"]),
+            added_tokens=config.added_tokens,
             quantization=config.quantization,
         ),
         adapter=adapter,

@@ -251,6 +251,10 @@ class FineTuningConfig(Section):
     )
     initial_adapter_model_ckpt_path: Initial | None = Field(None, description="Continue training this LoRA adapter.")
 
+    added_tokens: Names = Field(
+        (), description="Texts that become one token each; their embeddings start from those of their parts."
+    )
+
     train_path: DataPaths = Field(
         description="Training rows: path, glob, URL (s3://, gs://, https://, hf://datasets/…), or a list of them."
     )
@@ -392,6 +396,10 @@ def contradictions(config: FineTuningConfig) -> list[Problem]:
             ("task", "classifier_config"),
             "given classification without classifier_config; add classifier_config: {label_tokens: [a, b]}",
         )
+
+    repeated = sorted({text for text in config.added_tokens if config.added_tokens.count(text) > 1})
+    if repeated:
+        refuse(("added_tokens",), f"given {', '.join(repeated)} more than once; remove the copies")
 
     unknown = sorted(set(config.columns) - set(COLUMNS[config.data_format]))
     if unknown:

@@ -26,6 +26,7 @@ _SAME_WHEN_CONTINUED = (
     "lora_bias",
     "rank_pattern",
     "alpha_pattern",
+    "trainable_token_indices",
 )
 
 

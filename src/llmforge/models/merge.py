@@ -157,9 +157,12 @@ def _plan(base: ModelSource, adapter: Path, trust_remote_code: bool) -> "_Plan |
     plan = _Plan(base.directory, adapter, skeleton)
     if not plan.in_adapter:
         raise ModelError(f"the adapter in {adapter} holds no tensors; save it again")
-    with torch.device("meta"):
-        fit_to_adapter(skeleton, adapter)
-        plan.add_units(skeleton)
+    try:
+        with torch.device("meta"):
+            fit_to_adapter(skeleton, adapter)
+            plan.add_units(skeleton)
+    except ValueError:  # what it adapts has another name here (PEFT translates some on loading), or it fits nothing
+        return None
     missing, unknown = plan.wanted - plan.in_adapter, plan.in_adapter - plan.wanted
     if missing and not unknown:
         raise ModelError(

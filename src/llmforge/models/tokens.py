@@ -36,9 +36,6 @@ def add_tokens(tokenizer: Any, texts: Sequence[str], *, rows: int) -> list[NewTo
 
     A text that is a token already stays the token it is; it is new to the model only if its id lies beyond the `rows`
     of the model's embeddings. The tokens are not marked special: a server would take special ones out of its answers.
-
-    Raises:
-        ModelError: the tokenizer does not turn one of the texts into one token.
     """
     from tokenizers import AddedToken
 
@@ -49,12 +46,6 @@ def add_tokens(tokenizer: Any, texts: Sequence[str], *, rows: int) -> list[NewTo
         pieces[text] = tokenizer.encode(text, add_special_tokens=False, **options)
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in texts if text not in known])
     ids = {text: tokenizer.convert_tokens_to_ids(text) for text in texts}
-    for text, token in ids.items():
-        if text not in known and tokenizer.encode(text, add_special_tokens=False) != [token]:
-            raise ModelError(
-                f"added_tokens: {text!r} does not become one token, because {type(tokenizer).__name__} changes the "
-                "text or finds another token in it first; choose another text"
-            )
     return [
         NewToken(text, token, tuple(piece for piece in pieces[text] if piece != token))
         for text, token in ids.items()

@@ -11,6 +11,7 @@ import torch
 from llmforge.errors import ModelError
 from llmforge.models.load import load_base_model, quiet
 from llmforge.models.source import ADAPTER_CONFIG, ModelSource, check_adapter, check_weights, find_model
+from llmforge.models.tokens import fit_to_adapter
 
 
 def is_adapter(artifact: Path) -> bool:
@@ -63,4 +64,5 @@ def load_trained_model(
     base = find_base_model(artifact, trust_remote_code=trust_remote_code, allow_pickle_weights=allow_pickle_weights)
     model = load_base_model(base, dtype=dtype, trust_remote_code=trust_remote_code)
     with quiet():
+        fit_to_adapter(model, artifact)
         return peft.PeftModel.from_pretrained(model, artifact).eval()
