@@ -120,6 +120,18 @@ THINKING = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
+# Opens the thinking of every answer that it asks for, and drops it even from the answer it belongs to.
+THINKING_OPENED = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' + message.content.split('</think>')[-1].lstrip('\\n') + eos_token }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"""
+
 # Writes `reasoning_content` of the last answer alone, as thinking models' templates do, and tools as JSON.
 REASONING_AND_TOOLS = """\
 {%- if tools %}

@@ -78,16 +78,47 @@ def test_every_format_becomes_messages(layout, row, messages):
     assert in_messages_form(row, layout) == {"messages": messages}
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at": 42}'}}
+
+
 def test_tools_and_tool_calls_are_kept():
     messages = [
         USER,
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "tool", "content": "42", "tool_call_id": "1", "name": "look"},
         ASSISTANT,
     ]
     assert in_messages_form({"messages": messages, "tools": TOOLS}, MESSAGES) == {"messages": messages, "tools": TOOLS}
     assert "has no tools" in problem({"messages": messages})
     assert "tools is 'x'" in problem({"messages": messages, "tools": "x"})
+
+
+def test_reasoning_is_kept():
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        messages = [USER, {**ASSISTANT, key: "hm"}]
+        assert in_messages_form({"messages": messages}, MESSAGES) == {"messages": messages}
+        assert f"has {key} 3, expected text" in problem({"messages": [USER, {**ASSISTANT, key: 3}]})
+        assert "of an assistant turn" in problem({"messages": [{**USER, key: "hm"}, ASSISTANT]})
+
+
+@pytest.mark.parametrize(
+    ("calls", "says"),
+    [
+        ("look", "has the text 'look' as tool_calls, expected a list"),
+        (["look"], "has the tool call 'look', expected {"),
+        ([{"id": "1"}], "expected {"),
+        ([{"function": {"arguments": {}}}], "expected {"),
+        ([{"function": {"name": "look", "arguments": [1]}}], "calls 'look' with a list as arguments"),
+    ],
+)
+def test_malformed_tool_calls_are_named(calls, says):
+    messages = [USER, {"role": "assistant", "content": None, "tool_calls": calls}]
+    assert says in problem({"messages": messages, "tools": TOOLS})
+
+
+def test_calls_need_no_function_around_them():
+    messages = [USER, {"role": "assistant", "content": "Look.", "tool_calls": [{"name": "look", "arguments": {}}]}]
+    assert in_messages_form({"messages": messages}, MESSAGES) == {"messages": messages}
 
 
 @pytest.mark.parametrize(

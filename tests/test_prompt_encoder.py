@@ -52,6 +52,7 @@ ENDS_THE_LAST_TURN = (  # EOS behind the last turn alone
 THINKS_FIRST = CHATML_TEMPLATE.replace(
     "'<|im_start|>assistant\n' }}{% endif", "'<|im_start|>assistant\n<think>' }}{% endif"
 )
+ASKS_OTHERWISE = CHATML_TEMPLATE.replace("'<|im_start|>assistant\n' }}{% endif", "'<|im_start|>bot\n' }}{% endif")
 
 
 def template(source: str, tokenizer) -> ChatTemplate:
@@ -426,12 +427,24 @@ def test_a_compiled_template_trains_what_its_format_trains(name, tokenizer):
 
 
 def test_a_generation_prompt_that_does_not_begin_the_turn_is_an_error_of_the_format(tokenizer):
-    encoder = Encoder(tokenizer, template(THINKS_FIRST, tokenizer))
+    encoder = Encoder(tokenizer, template(ASKS_OTHERWISE, tokenizer))
     with pytest.raises(PromptFormatError, match="generation prompt") as caught:
         encoder.encode_conversations([{"messages": chat("q", "a")}], "assistant")
     assert "prompt_format" in str(caught.value)  # what to do instead
     assert len(encoder.encode_conversations([{"messages": chat("q", "a")}], "everything")[0]) == 1
     assert encoder.encode_prompt(chat("q"))  # it can be served all the same
+
+
+def test_an_answer_without_thinking_is_an_error_of_its_row_where_thinking_is_opened(tokenizer):
+    encoder = Encoder(tokenizer, template(THINKS_FIRST, tokenizer))
+    rows = [{"messages": chat("q", answer)} for answer in ("a", "<think>hm</think>a")]
+    bad, good = encoder.encode_conversations(rows, "assistant")
+    assert isinstance(bad, ConversationError)
+    assert "opens <think>" in str(bad)
+    assert "prompt_format" in str(bad)  # what to do instead
+    (sample,) = good
+    trained = [token for token, weight in zip(sample.input_ids, sample.loss_weights, strict=True) if weight]
+    assert encoder.decode(trained) == "hm</think>a<|im_end|>\n"
 
 
 def test_one_odd_conversation_is_an_error_of_its_row(tokenizer):

@@ -5,7 +5,8 @@ from typing import Any
 from llmforge.data.rows import BadRow, shown
 
 ROLES = ("system", "user", "assistant", "tool")
-OPTIONAL_KEYS = ("name", "tool_calls", "tool_call_id", "weight")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # what transformers gives a template as reasoning
+OPTIONAL_KEYS = ("name", "tool_calls", "tool_call_id", *REASONING_KEYS, "weight")
 
 
 def checked_messages(messages: object, *, has_tools: bool, needs_assistant: bool) -> list[dict[str, Any]]:
@@ -50,6 +51,13 @@ def _checked_message(message: object, number: int, has_tools: bool) -> dict[str,
         raise BadRow(f"message {number} has the unknown key {shown(unknown[0])}, expected {expected}")
     if "weight" in message:
         message["weight"] = _checked_weight(message["weight"], role, number)
+    if "tool_calls" in message:
+        _check_tool_calls(message["tool_calls"], role, number)
+    for key in REASONING_KEYS:
+        if key in message and (role != "assistant" or not isinstance(message[key], str) or not is_text(message[key])):
+            raise BadRow(
+                f"message {number} ({role}) has {key} {shown(message[key])}, expected text, of an assistant turn"
+            )
     return {"role": role, "content": content, **message}
 
 
@@ -72,6 +80,26 @@ def _check_content(content: object, number: int, may_be_absent: bool) -> None:
             raise BadRow(f"message {number} has a list as content, expected text")
         case _:
             raise BadRow(f"message {number} has {_kind(content)} as content, expected text")
+
+
+def _check_tool_calls(calls: object, role: str, number: int) -> None:
+    """Check calls in OpenAI's form; the `function` around name and arguments may be left out."""
+    if role != "assistant":
+        raise BadRow(f"message {number} has tool_calls and role {role!r}, expected calls in assistant turns only")
+    if not isinstance(calls, list):
+        raise BadRow(f"message {number} has {_kind(calls)} as tool_calls, expected a list of calls")
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise BadRow(
+                f"message {number} has the tool call {shown(call)}, expected "
+                '{"type": "function", "function": {"name": …, "arguments": …}}'
+            )
+        if not isinstance(function.get("arguments") or "", str | dict):
+            raise BadRow(
+                f"message {number} calls {shown(function['name'])} with {_kind(function['arguments'])} as arguments, "
+                "expected a JSON object, or the text of one"
+            )
 
 
 def _checked_weight(weight: object, role: str, number: int) -> int:

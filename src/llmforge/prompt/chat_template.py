@@ -1,19 +1,36 @@
 """Formats written as Jinja chat templates: the tokenizer's own, or one from the config.
 
 A template says how a conversation looks, not which part of it the model produced. That is found by rendering prefixes
-of the conversation: with a generation prompt up to an assistant turn, and without one up to its end.
+of the conversation: with a generation prompt up to an assistant turn, and without one up to its end. Where the template
+has `{% generation %}` marks, a turn ends with them.
 """
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jinja2
 
+from llmforge.data.conversation import REASONING_KEYS
 from llmforge.errors import ConversationError, PromptFormatError
 from llmforge.prompt.conversation import Message, Turn, check_messages, weight_of
 
 PROBES = ("Probe-Alpha-1", "Probe-Beta-2", "Probe-Gamma-3", "Probe-Delta-4")
+PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probe",
+        "description": "Probe.",
+        "parameters": {"type": "object", "properties": {"word": {"type": "string", "description": "Word."}}},
+    },
+}
+PROBE_ARGUMENTS = {"word": "Probe-Epsilon-5"}
+GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+OPENING_TAG = re.compile(r"(?:<\w+>|\[[A-Z]+\])(?=\s*\Z)")
+END_OF_THINKING = re.compile(r"</\w+>|\[/[A-Z]+\]|<\|?\w*(?:end|END)\w*\|?>")
 
 
 @dataclass(frozen=True)
@@ -35,25 +52,33 @@ class ChatTemplate:
         object.__setattr__(self, "stray_suffix", self._find_stray_suffix())
 
     def render(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Sequence[Mapping] | None = None
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping] | None = None,
+        continue_final_message: bool = False,
     ) -> str:
         """Render a conversation as text.
 
+        With `continue_final_message` the last message, of the assistant, is left open for the model to go on.
+
         Raises:
-            ConversationError: the messages are malformed, or the template refuses them.
+            ConversationError: the messages are malformed, the template refuses them, or it has no place for tools.
             PromptFormatError: the template is not valid Jinja, or tries to leave the sandbox.
         """
-        check_messages(messages)
-        # `weight` is for the loss, not for the model to read.
-        visible = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+        check_messages(messages, continue_final_message=continue_final_message)
+        if tools and not self._writes_tools:
+            raise ConversationError("the row has tools, of which the chat template writes nothing")
+        return self._apply(
+            self._visible(messages),
+            tools=list(tools) if tools else None,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            continue_final_message=continue_final_message,
+        )
+
+    def _apply(self, visible: Sequence[Mapping[str, Any]], **options: Any) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                visible,
-                chat_template=self.source,
-                tools=list(tools) if tools else None,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-            )
+            return self.tokenizer.apply_chat_template(visible, chat_template=self.source, tokenize=False, **options)
         except jinja2.TemplateSyntaxError as error:
             raise PromptFormatError(
                 f"the chat template is not valid Jinja: {error.message} (line {error.lineno})"
@@ -63,11 +88,58 @@ class ChatTemplate:
         except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ConversationError(f"the chat template refuses this conversation: {error}") from error
 
+    def _visible(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Give messages as the template takes them: without `weight`, which is for the loss, and calls in its style.
+
+        What is None is left out, as transformers does.
+        """
+        visible = [
+            {key: value for key, value in message.items() if key != "weight" and value is not None}
+            for message in messages
+        ]
+        for message in visible:
+            if message.get("tool_calls"):
+                needs_content, as_mapping = self._call_style
+                if needs_content:
+                    message.setdefault("content", "")
+                message["tool_calls"] = [_with_arguments(call, as_mapping) for call in message["tool_calls"]]
+        return visible
+
+    @cached_property
+    def _call_style(self) -> tuple[bool, bool]:
+        """Find how the template takes a message with tool calls: must it have content, are arguments a mapping?
+
+        OpenAI's rows hold arguments as a JSON string and null as content. vLLM gives templates a mapping, which
+        transformers' documentation asks for; a template that cannot write one gets the string.
+        """
+        for as_mapping in (True, False):
+            arguments = PROBE_ARGUMENTS if as_mapping else json.dumps(PROBE_ARGUMENTS)
+            call = {"id": "probe0001", "type": "function", "function": {"name": "probe", "arguments": arguments}}
+            for content in ({}, {"content": ""}):
+                called: Message = {"role": "assistant", **content, "tool_calls": [call]}
+                messages = [{"role": "user", "content": PROBES[0]}, called]
+                try:
+                    text = self._apply(messages, tools=[PROBE_TOOL])
+                except ConversationError:
+                    continue
+                if PROBE_ARGUMENTS["word"] in text and str(PROBE_ARGUMENTS) not in text:
+                    return bool(content), as_mapping
+        return False, True
+
+    @cached_property
+    def _writes_tools(self) -> bool:
+        """Say whether tools change what the template writes; where it refuses the probe, the row's own will show."""
+        question = [{"role": "user", "content": PROBES[0]}]
+        try:
+            return self._apply(question, tools=[PROBE_TOOL]) != self._apply(question)
+        except ConversationError:
+            return True
+
     def turns(self, messages: Sequence[Message], tools: Sequence[Mapping] | None = None) -> list[Turn]:
         """Split a conversation into its assistant turns by rendering its prefixes.
 
         Raises:
-            ConversationError: the template refuses a prefix, or changes the text of an assistant turn.
+            ConversationError: the template refuses a prefix, or leaves out or changes what the assistant said.
             PromptFormatError: the text that the template writes for generation is not how it begins the turn.
         """
         check_messages(messages)
@@ -75,18 +147,68 @@ class ChatTemplate:
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            whole = self.render(messages[: index + 1], False, tools).removesuffix(self.stray_suffix)
+            written = self.render(messages[: index + 1], False, tools)
+            whole = written.removesuffix(self.stray_suffix)
             prompt = self.render(messages[:index], True, tools) if index else self._opening(whole)
-            if not whole.startswith(prompt):
-                raise self._disagreement(prompt, whole)
-            completion = whole[len(prompt) :]
-            if (message["content"] or "").strip() not in completion:
-                raise ConversationError(
-                    f"the chat template changes the assistant's text: {message['content'][:60]!r} became "
-                    f"{completion[:90]!r}"
-                )
-            turns.append(Turn(prompt, completion, weight_of(message)))
+            turn = self._turn(prompt, whole, message)
+            if turn.is_as_written and self._has_marks:
+                turn = self._up_to_mark(turn, messages[: index + 1], tools)
+            turns.append(turn)
         return turns
+
+    def _turn(self, prompt: str, whole: str, message: Message) -> Turn:
+        """Cut a turn out of the conversation that it ends, and check that all that was said is in it."""
+        if not whole.startswith(prompt):
+            restored = _with_thinking(prompt, whole, message)
+            if restored is None:
+                raise self._disagreement(prompt, whole, message)
+            return restored
+        completion = whole[len(prompt) :]
+        said = message["content"] or ""
+        opened = OPENING_TAG.search(prompt)  # what the server writes of the answer
+        if not _holds((opened[0] if opened else "") + completion, said):
+            restored = _with_thinking(prompt, whole, message)
+            if restored is None:
+                raise ConversationError(
+                    f"the chat template changes the assistant's text: {said[:60]!r} became {completion[:90]!r}"
+                )
+            return restored
+        reasoning = next((message[key] for key in REASONING_KEYS if message.get(key)), "")
+        if not _holds(completion, reasoning):
+            raise ConversationError(
+                f"the chat template leaves out the assistant's reasoning ({reasoning[:60]!r}); put it into content, "
+                "between the tags that the model thinks in"
+            )
+        for call in message.get("tool_calls") or ():
+            name = (call.get("function") or call).get("name", "")
+            if name not in completion:
+                raise ConversationError(f"the chat template leaves out the assistant's call of {name}")
+        return Turn(prompt, completion, weight_of(message))
+
+    @cached_property
+    def _has_marks(self) -> bool:
+        return GENERATION_MARK.search(self.source) is not None
+
+    def _up_to_mark(self, turn: Turn, messages: Sequence[Message], tools: Sequence[Mapping] | None) -> Turn:
+        """End a turn where the template's last `{% generation %}` mark in it ends; an unmarked one is not trained.
+
+        What stands in front of it is the server's part, marked or not.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        _, (marks,) = render_jinja_template(
+            [self._visible(messages)],
+            tools=list(tools) if tools else None,
+            chat_template=self.source,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        start = len(turn.prompt)
+        end = max((end for _, end in marks if end > start), default=None)
+        if end is None:
+            return Turn(turn.prompt, turn.completion, 0.0)
+        completion = turn.completion[: end - start]
+        return Turn(turn.prompt, completion, turn.weight, is_as_written=completion == turn.completion)
 
     def _opening(self, whole: str) -> str:
         """Give how a conversation that the assistant begins is opened: no prefix of it can be rendered."""
@@ -97,21 +219,34 @@ class ChatTemplate:
             return ""
         return whole[: whole.index(header) + len(header)] if header and header in whole else ""
 
-    def _disagreement(self, prompt: str, whole: str) -> ConversationError | PromptFormatError:
-        """Say that a generation prompt does not begin its turn: the format's error, unless a plain question works."""
+    def _disagreement(self, prompt: str, whole: str, message: Message) -> ConversationError | PromptFormatError:
+        """Say that a generation prompt does not begin its turn: the format's error, unless another answer works."""
         where = f"it asks for an answer with {prompt[-60:]!r}, but writes {whole[max(0, len(prompt) - 60) :][:90]!r}"
-        question, answer = ({"role": "user", "content": PROBES[0]}, {"role": "assistant", "content": PROBES[1]})
-        try:
-            works = self.render([question, answer], False).startswith(self.render([question], True))
-        except ConversationError:
-            works = False
-        if works:
+        if self._can_continue(PROBES[1]):
             return ConversationError(f"the chat template does not write this conversation as it continues it: {where}")
+        if (tag := OPENING_TAG.search(prompt)) and self._can_continue(
+            f"{tag[0]}\n{PROBES[2]}\n{tag[0][0]}/{tag[0][1:]}\n\n{PROBES[1]}"
+        ):
+            return ConversationError(
+                f"the chat template's generation prompt opens {tag[0]}, and this answer does not think: "
+                f"{(message['content'] or '')[:60]!r}. Begin it with {tag[0]}, or write the format out as "
+                "generation_config.prompt_format with a trailing_assistant that opens nothing"
+            )
         return PromptFormatError(
             f"the chat template's generation prompt is not how it begins an assistant turn: {where}. "
             "Write the format out as generation_config.prompt_format with system, user, assistant and "
             "trailing_assistant, or give a template of your own as prompt_format.chat_template"
         )
+
+    def _can_continue(self, answer: str) -> bool:
+        """Say whether the template, given an answer to a plain question, writes it as it asks for it."""
+        question = [{"role": "user", "content": PROBES[0]}]
+        message = {"role": "assistant", "content": answer}
+        try:
+            prompt, whole = self.render(question, True), self.render([*question, message], False)
+        except ConversationError:
+            return False
+        return whole.startswith(prompt) or _with_thinking(prompt, whole, message) is not None
 
     def _find_stray_suffix(self) -> str:
         """Find text after a finished assistant turn that is not there once the conversation goes on.
@@ -149,3 +284,48 @@ class ChatTemplate:
             return ""
         stray = after_turn[len(end_of_turn) :]
         return stray if prompt.endswith(stray) else ""
+
+
+def _with_arguments(call: Mapping[str, Any], as_mapping: bool) -> dict[str, Any]:
+    """Give a tool call with its arguments as a mapping, or as a JSON string; what is neither stays as it is."""
+    if "function" in call:
+        return {**call, "function": _with_arguments(call["function"], as_mapping)}
+    arguments = call.get("arguments")
+    if as_mapping and isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments or "{}")
+        except ValueError:
+            parsed = None
+        return {**call, "arguments": parsed if isinstance(parsed, dict) else arguments}
+    if not as_mapping and isinstance(arguments, Mapping):
+        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return dict(call)
+
+
+def _holds(text: str, part: str) -> bool:
+    """Say whether a text holds another one, whatever the white space: templates set thinking on lines of its own."""
+    return part.strip() in text or "".join(part.split()) in "".join(text.split())
+
+
+def _with_thinking(prompt: str, whole: str, message: Message) -> Turn | None:
+    """Put back the thinking that a template drops even from the answer it belongs to, or return None.
+
+    A server's prompt may also open the thinking (`<think>`), which is then not the model's to write. What the model has
+    to produce is the content as it stands in the data, and the template's end of turn.
+    """
+    content = (message["content"] or "").strip()
+    closings = list(END_OF_THINKING.finditer(content))
+    answer = content[closings[-1].end() :].strip() if closings else ""
+    if not answer or answer not in whole:
+        return None
+    place = whole.rindex(answer)
+    header, ending = whole[:place].rstrip(), whole[place + len(answer) :]
+    if not prompt.startswith(header):
+        return None
+    opened = prompt[len(header) :].strip()
+    if not content.startswith(opened):
+        return None
+    said = content.removeprefix(opened)
+    if opened and prompt[-1].isspace():
+        said = said.lstrip("\n")
+    return Turn(prompt, said + ending, weight_of(message), is_as_written=False)

@@ -9,7 +9,8 @@ from llmforge.errors import ConversationError
 ROLES = ("system", "user", "assistant", "tool")
 
 Message = Mapping[str, Any]
-"""`role` and `content`, and optionally `weight` (0 or 1, assistant only), `name`, `tool_calls`, `tool_call_id`."""
+"""`role` and `content`, and optionally `weight` (0 or 1, assistant only), `name`, `tool_calls`, `tool_call_id`, and
+what an assistant thought, as `reasoning_content`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,20 +18,25 @@ class Turn:
     """One assistant turn as text: what a server would be given, and what the model then has to produce.
 
     `prompt` is the whole rendered text up to where generation starts (all earlier turns included), `completion` the
-    text that follows it, `weight` how much its tokens count.
+    text that follows it, `weight` how much its tokens count. `is_as_written` is false where the completion is not all
+    of what the format writes there, or more: thinking that a chat template drops, text behind its generation mark.
     """
 
     prompt: str
     completion: str
     weight: float
+    is_as_written: bool = True
 
 
-def check_messages(messages: Sequence[Message], *, roles: Sequence[str] = ROLES) -> None:
+def check_messages(
+    messages: Sequence[Message], *, roles: Sequence[str] = ROLES, continue_final_message: bool = False
+) -> None:
     """Check the shape of `messages`.
 
     Raises:
         ConversationError: not a non-empty sequence of mappings, an unknown role, content that is not text,
-            half a surrogate pair, a weight other than 0 and 1, or more than one system message.
+            half a surrogate pair, a weight other than 0 and 1, more than one system message, or a last message that
+            is to be continued but is not the assistant's.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise ConversationError(f"messages must be a list of {{role, content}}, not {type(messages).__name__}")
@@ -58,6 +64,11 @@ def check_messages(messages: Sequence[Message], *, roles: Sequence[str] = ROLES)
         systems += role == "system"
     if systems > 1:
         raise ConversationError(f"{systems} system messages; at most one is allowed")
+    if continue_final_message and (messages[-1]["role"] != "assistant" or messages[-1]["content"] is None):
+        raise ConversationError(
+            f"continue_final_message needs a last message of the assistant, with text to go on from; it is of role "
+            f"{messages[-1]['role']!r}"
+        )
 
 
 def weight_of(message: Message) -> float:

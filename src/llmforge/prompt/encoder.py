@@ -22,7 +22,7 @@ Format = PromptFormat | ChatTemplate
 Trained = Literal["assistant", "everything"]
 """Which tokens carry loss: those the model would have to produce, or all of them."""
 
-ENCODING_VERSION = 1  # goes into the fingerprint; raise it when the same input gives other ids or weights
+ENCODING_VERSION = 2  # goes into the fingerprint; raise it when the same input gives other ids or weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,14 @@ class Encoder:
         self.format = format
         self._cut = _cutting_pattern(tokenizer, format)
 
-    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Mapping] | None = None) -> list[int]:
-        """Encode what a server feeds the model so that it answers `messages`."""
-        return self.encode_text(self._render(messages, True, tools))
+    def encode_prompt(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping] | None = None,
+        continue_final_message: bool = False,
+    ) -> list[int]:
+        """Encode what a server feeds the model so that it answers `messages`, or goes on with the last one of them."""
+        return self.encode_text(self._render(messages, True, tools, continue_final_message))
 
     def encode_text(self, text: str) -> list[int]:
         """Encode rendered text; the tokenizer adds no special token."""
@@ -177,12 +182,18 @@ class Encoder:
         bos = self.format.bos if isinstance(self.format, PromptFormat) else own_bos(self.tokenizer)
         return bos + text + (self.tokenizer.eos_token or "")
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Any) -> str:
+    def _render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Any,
+        continue_final_message: bool = False,
+    ) -> str:
         if isinstance(self.format, ChatTemplate):
-            return self.format.render(messages, add_generation_prompt, tools)
+            return self.format.render(messages, add_generation_prompt, tools, continue_final_message)
         if tools:
             raise ConversationError("tools need a chat template; use prompt_format: {use_hf_chat_templates: true}")
-        return self.format.render(messages, add_generation_prompt)
+        return self.format.render(messages, add_generation_prompt, continue_final_message)
 
     def _turns(self, messages: Sequence[Message], tools: Any) -> list[Turn]:
         if isinstance(self.format, ChatTemplate):

@@ -10,6 +10,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from llmforge.data.conversation import REASONING_KEYS
 from llmforge.errors import ConversationError
 from llmforge.prompt.conversation import Message, Turn, check_messages, common_prefix_length, weight_of
 
@@ -56,13 +57,20 @@ class PromptFormat(BaseModel):
             )
         return self
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> str:
         """Render a conversation as text, ending in `trailing_assistant` if a generation prompt is asked for.
+
+        With `continue_final_message` the last message, of the assistant, is left open for the model to go on.
 
         Raises:
             ConversationError: the messages are malformed, or hold something that plain templates cannot express.
         """
+        check_messages(messages, continue_final_message=continue_final_message)
         text = self.bos + "".join(rendered for _, rendered in self._render_each(messages))
+        if continue_final_message:
+            return self._left_open(text, messages[-1]["content"])
         return text + self.trailing_assistant if add_generation_prompt else text
 
     def turns(self, messages: Sequence[Message]) -> list[Turn]:
@@ -80,12 +88,22 @@ class PromptFormat(BaseModel):
             text += rendered
         return turns
 
+    def _left_open(self, text: str, content: str) -> str:
+        """Take what follows the last content off a rendered text, as transformers does with the compiled template.
+
+        That one cuts at a mark and a space behind the content. Where the space was stripped, it strips the text's end.
+        """
+        begin, _, end = self.assistant.rpartition("{instruction}")
+        text = text.removesuffix(self._fill(self.assistant, self._clean(content)))
+        text += self._fill(begin, self._clean(content)) + (content.lstrip() if self.strip_whitespace else content)
+        return text.rstrip() if self.strip_whitespace and not end.startswith(" ") else text
+
     def _render_each(self, messages: Sequence[Message]) -> Iterator[tuple[Message, str]]:
         check_messages(messages, roles=("system", "user", "assistant"))
         for index, message in enumerate(messages):
-            if message.get("tool_calls"):
+            if key := next((key for key in ("tool_calls", *REASONING_KEYS) if message.get(key)), None):
                 raise ConversationError(
-                    f"message {index} has tool_calls, which plain templates cannot express; "
+                    f"message {index} has {key}, which plain templates cannot express; "
                     "use prompt_format: {use_hf_chat_templates: true}"
                 )
         system_message = next((message for message in messages if message["role"] == "system"), None)

@@ -466,7 +466,7 @@ def _each_remark(probe: _Probe) -> Iterator[str]:
     """Name what plain conversations do not show: what the template offers or refuses beside them."""
     question = _conversation(1)
     call = probe.render([*question, {"role": "assistant", "content": None, "tool_calls": [CALL]}])
-    if probe.render(question, tools=[TOOL]) != probe.render(question) or "Marker-CALL" in (call or ""):
+    if probe.render(question, tools=[TOOL]) not in (None, probe.render(question)) or "Marker-CALL" in (call or ""):
         yield "tools: the template writes a row's tools or their calls; rows with them need use_hf_chat_templates"
     if probe.switches:
         yield f"switches: the template may be given {', '.join(probe.switches)}; a prompt_format does without"
