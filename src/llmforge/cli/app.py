@@ -183,6 +183,31 @@ def generate(
     print(f"{count:,} answers in {output}", file=sys.stderr)
 
 
+@app.command()
+def export(
+    run: RunPath,
+    format: Annotated[
+        str, typer.Option("--format", help="One of adapter, merged, ollama, gguf, vllm, rayllm: what is to serve it.")
+    ],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Directory to write; it must not hold anything yet.")],
+    dtype: Annotated[str | None, typer.Option(help="Number format of merged weights: fp32, fp16 or bf16.")] = None,
+    name: Annotated[str | None, typer.Option(help="What servers call the model; the run's tag by default.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's model for other software to serve."""
+    from dataclasses import asdict
+
+    from llmforge.jobs.export import export as write
+
+    exported = write(run, format, to, dtype=dtype, name=name)
+    if as_json:
+        print(json.dumps(asdict(exported), ensure_ascii=False))
+        return
+    print(f"wrote {exported.directory}")
+    for note in exported.notes:
+        print(f"  {note}")
+
+
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 

@@ -60,6 +60,7 @@ def build_generation_config(
             eos_token_id=list(stop.token_ids) or None,
             pad_token_id=encoder.tokenizer.pad_token_id,
             bos_token_id=encoder.tokenizer.bos_token_id,
+            stop_strings=stop_strings(encoder, stop) or None,
             **options,
         )
         with quiet():
@@ -70,6 +71,15 @@ def build_generation_config(
         ]
         raise InputError(f"transformers refuses it: {words[0]}") from error
     return generation
+
+
+def stop_strings(encoder: Encoder, stop: StopRules) -> list[str]:
+    """Give the stop sequences that no stop token stands for, so that they have to be looked for in the text.
+
+    Only these are in `generation_config.json`: transformers' `generate` then asks for `tokenizer=`, which is better
+    than an answer that runs on, but nothing to ask of the many models that end their answers with a token.
+    """
+    return [text for text in stop.sequences if encoder.encode_text(text) not in [[token] for token in stop.token_ids]]
 
 
 def write_artifact(

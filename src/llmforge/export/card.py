@@ -134,6 +134,22 @@ def loading_snippet(facts: CardFacts) -> str:
     )
 
 
+def merged_card(card: str) -> str:
+    """Turn the card of an adapter into that of the model it was merged into: another introduction and program."""
+    loading = "model = AutoModelForCausalLM.from_pretrained(artifact)\n"
+    for pattern, replacement in (
+        (r"^base_model_relation: adapter$", "base_model_relation: finetune"),
+        (r"^library_name: peft$", "library_name: transformers"),
+        (r"^A LoRA adapter for (.+), made with", r"\1 with a LoRA adapter merged into it, made with"),
+        (r"^With transformers and peft; llmforge", "With transformers; llmforge"),
+        (r"^from peft import PeftModel\n", ""),
+        (r"^model = (PeftModel|AutoModelForCausalLM)\.from_pretrained\(.*\n(model.*\n)*", loading),
+        (r"^## Proof\n(?s:.*?)(?=^## )", ""),  # it is about the adapter
+    ):
+        card = re.sub(pattern, replacement, card, count=1, flags=re.MULTILINE)
+    return card
+
+
 def _introduction(facts: CardFacts) -> str:
     what = "A LoRA adapter for" if facts.is_adapter else "A full-parameter fine-tuning of"
     best = ", the best by evaluation loss" if facts.evaluations else ""

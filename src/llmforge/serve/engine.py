@@ -60,6 +60,7 @@ class Engine:
             allow_pickle_weights=allow_pickle_weights,
         )
         model.generation_config = transformers.GenerationConfig.from_pretrained(artifact)
+        model.generation_config.stop_strings = None  # `_StopSequences` finds them
         tokenizer = load_tokenizer(ModelSource(str(artifact), artifact), trust_remote_code=trust_remote_code)
         encoder, stop = load_format(artifact, tokenizer)
         return cls(model.to(device).eval(), encoder, stop, device, dtype)
