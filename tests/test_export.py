@@ -25,7 +25,7 @@ from llmforge.export.artifact import build_generation_config, write_text_side
 from llmforge.export.card import merged_card, model_card
 from llmforge.export.go import render_go
 from llmforge.export.targets import rayllm, vllm
-from llmforge.export.targets.ollama import quote
+from llmforge.export.targets.ollama import parameters, quote
 from llmforge.export.targets.trained import Trained
 from llmforge.jobs.export import export
 from llmforge.prompt import Encoder, PromptFormat, StopRules, build_format
@@ -33,7 +33,7 @@ from llmforge.prompt.go_template import changed_by_ollama, text_in_ollama
 from llmforge.serve.engine import Engine
 from test_card import FACTS
 from test_prompt_real_tokenizers import load as load_tokenizer
-from tiny_runs import command, tree
+from tiny_runs import LORA, command, run_here, tree
 
 QUESTION = [{"role": "user", "content": "What does red mean?"}]
 
@@ -295,6 +295,15 @@ def test_a_chat_template_that_plain_templates_cannot_express_says_why(model_dir,
         export(artifact, "ollama", tmp_path / "out")
 
 
+def test_sentencepieces_own_file_comes_from_the_base_model(model_dir, tmp_path, no_converter):
+    base = shutil.copytree(model_dir, tmp_path / "base")
+    (base / "tokenizer.model").write_bytes(b"pieces")
+    artifact = write_artifact(tmp_path / "a", base)
+    assert not (artifact / "tokenizer.model").exists()
+    export(artifact, "ollama", tmp_path / "out")
+    assert (tmp_path / "out" / "model" / "tokenizer.model").read_bytes() == b"pieces"
+
+
 def test_quotes_keep_a_value_or_say_that_they_cannot():
     for value in ("a", " a ", '"', 'a"b', '""" x', "\n\n", "\t", "é", "{{ .Prompt }}", "# no comment"):
         assert read_modelfile(f"FROM x\nPARAMETER stop {quote(value)}\nPARAMETER top_k 3\n") == [
@@ -531,3 +540,25 @@ def test_the_name_that_the_tokenizer_ends_turns_with_goes_into_the_file():
     trained = Trained(Path(), "x", encoder, stop, transformers.GenerationConfig(), Path())
     assert tokenizer.convert_ids_to_tokens(trained.end_token()) == "<|eot_id|>"
     assert trained.stop_texts() == ["</s>", "<|eot_id|>"]
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_lends_its_name_and_its_context(data_dir, model_dir, tmp_path):
+    run, _ = run_here(data_dir, model_dir, lora_config=LORA, context_length=64)
+    export(run.run_dir, "rayllm", tmp_path / "out")
+    old = yaml.safe_load((tmp_path / "out" / "rayllm.yaml").read_text())
+    assert old["engine_config"]["model_id"] == "run"
+    assert old["engine_config"]["max_total_tokens"] == 64
+    again = export(run.artifact_dir, "rayllm", tmp_path / "again")
+    assert tree(tmp_path / "again") == tree(tmp_path / "out")
+    assert again.directory == str(tmp_path / "again")
+
+
+def test_generation_options_in_ollamas_words():
+    options = {"max_new_tokens": 2_000_000, "top_k": 5, "min_p": 0.05, "do_sample": True}
+    expected = {"num_predict": "2000000", "top_k": "5", "min_p": "0.05"}
+    assert parameters(options, 2048) == expected
+    assert parameters(options, 8192) == {**expected, "num_ctx": "8192"}
+    assert parameters({"do_sample": False}, None) == {"temperature": "0"}

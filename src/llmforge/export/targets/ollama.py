@@ -70,7 +70,7 @@ _SAMPLING_ELSEWHERE = {
 
 def parameters(options: Mapping[str, Any], context_length: int | None) -> dict[str, str]:
     """Translate generation options; a penalty counts the whole context, as transformers' does, not 64 tokens."""
-    found = {PARAMETERS[name]: f"{value:g}" for name, value in options.items() if name in PARAMETERS}
+    found = {PARAMETERS[name]: str(value) for name, value in options.items() if name in PARAMETERS}
     if options.get("do_sample") is False:
         found["temperature"] = "0"
     if "repeat_penalty" in found:

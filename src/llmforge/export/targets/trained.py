@@ -23,7 +23,7 @@ from llmforge.models.trained import find_base_model, is_adapter
 from llmforge.prompt import Encoder, PromptFormat, StopRules, chat_template_of, load_format
 from llmforge.prompt.infer import infer_format
 
-CARD = "README.md"
+CARD, SENTENCEPIECE = "README.md", "tokenizer.model"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _OF_THE_ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "proof.json")  # what a merged model no longer is
 
@@ -100,8 +100,12 @@ class Trained:
 
         Chat templates write the BOS token, so nothing else may (`add_bos_token`): a server would write it a second
         time, or where the format has none. A GGUF file names one end token, so it has to be the one that ends turns.
+        For some architectures both converters read SentencePiece's own file, which transformers no longer saves.
         """
         self.write_merged(directory)
+        original = self.base_model().directory / SENTENCEPIECE if self.is_adapter else self.artifact / SENTENCEPIECE
+        if original.is_file():
+            shutil.copyfile(original, directory / SENTENCEPIECE)
         tokenizer = self.encoder.tokenizer
         eos = {} if self.end_token() is None else {"eos_token": tokenizer.convert_ids_to_tokens(self.end_token())}
         _edit_json(directory / "tokenizer_config.json", add_bos_token=False, **eos)
