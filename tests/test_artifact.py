@@ -217,7 +217,7 @@ def parts(model_dir: Path) -> dict[str, Any]:
         "encoder": Encoder(tokenizer, build_format(None, tokenizer)),
         "stop": StopRules(token_ids=(4,)),
         "generate_kwargs": {},
-        "add_documents": lambda directory: None,
+        "finish": lambda directory: None,
     }
 
 
@@ -227,12 +227,12 @@ def test_a_failure_leaves_no_artifact_or_the_one_before(parts: dict[str, Any], t
         raise RunError("the card cannot be written")
 
     with pytest.raises(RunError, match="card"):
-        write_artifact(tmp_path / "artifact", **{**parts, "add_documents": fail})
+        write_artifact(tmp_path / "artifact", **{**parts, "finish": fail})
     assert list(tmp_path.iterdir()) == []
     write_artifact(tmp_path / "artifact", **parts)
     before = tree(tmp_path)
     with pytest.raises(RunError, match="card"):
-        write_artifact(tmp_path / "artifact", **{**parts, "add_documents": fail})
+        write_artifact(tmp_path / "artifact", **{**parts, "finish": fail})
     assert tree(tmp_path) == before
 
 

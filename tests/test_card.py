@@ -40,6 +40,7 @@ FACTS = CardFacts(
     resolved_config_yaml="model_id: org/m\nlearning_rate: 1.0e-4\n",
     hashes={"data": "sha256:abc"},
     versions={"torch": "2.13.0"},
+    proof=["parity: 12 prompts have the same token ids in training and in serving"],
     loss_curve="loss_curve.png",
 )
 

@@ -17,7 +17,7 @@ from llmforge.config.yaml_source import read_source
 from llmforge.errors import InputError
 
 CONFIGS = Path(__file__).parent / "configs"
-COMMANDS = ("finetune", "validate", "schema", "chat", "generate", "export", "data")
+COMMANDS = ("finetune", "validate", "schema", "prove", "chat", "generate", "export", "data", "prompt")
 
 
 @pytest.fixture(scope="module")

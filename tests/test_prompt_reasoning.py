@@ -158,7 +158,7 @@ def test_arguments_that_are_no_json_object_stay_as_they_are(tokenizer):
 
 
 def test_absent_content_is_given_as_the_template_can_take_it(tokenizer):
-    """A template that joins content with other text cannot do without, one that asks whether it is there must be told."""
+    """A template that joins content with other text cannot do without, one that asks for it must be told."""
     joins = chat_templates.REASONING_AND_TOOLS.replace("message.content or ''", "message.content")
     joins = joins.replace("{{- message.content }}", "{{- '' + message.content }}")
     asks = chat_templates.REASONING_AND_TOOLS.replace(

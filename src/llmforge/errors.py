@@ -11,6 +11,7 @@
     │   └── OutputError              a place to write to that cannot be written to
     └── RunError                     the run itself failed (exit code 1)
         ├── NonFiniteLossError       the loss or the gradient became NaN or infinite
+        ├── ProofError               what would be served is not what was trained
         └── Interrupted              someone pressed ctrl-C; the run can be resumed (exit code 130)
 
 Messages say what was given, what is allowed and what to change. This module imports nothing.
@@ -74,6 +75,10 @@ class RunError(LlmforgeError):
 
 class NonFiniteLossError(RunError):
     """The loss or the gradient norm is NaN or infinite; nothing was updated with it."""
+
+
+class ProofError(RunError):
+    """An artifact that does not serve what was trained; it is not published."""
 
 
 class Interrupted(RunError):  # noqa: N818 - not an error of anyone's

@@ -14,6 +14,7 @@ from llmforge import __version__
 from llmforge.errors import InputError, Interrupted, LlmforgeError
 
 if TYPE_CHECKING:
+    from llmforge.export.proof import Proof
     from llmforge.jobs.run import Run
 
 app = typer.Typer(
@@ -25,6 +26,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at data as the model will see it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+prompt_app = typer.Typer(help="Find out and prove how conversations become text.", no_args_is_help=True)
+app.add_typer(prompt_app, name="prompt")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")]
 Overrides = Annotated[
@@ -59,6 +62,9 @@ def finetune(
         Path | None, typer.Option("--resume", metavar="RUN_DIR", help="Continue a run from its last checkpoint.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before the first step.")] = False,
+    allow_unproven: Annotated[
+        bool, typer.Option("--allow-unproven", help="Write the artifact even if its proof fails; its card says so.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the fine-tuning job that CONFIG describes."""
@@ -73,9 +79,10 @@ def finetune(
     with QuietDisplay(sys.stderr) if as_json else open_display(sys.stderr) as display:
         if config is None:
             assert resume is not None
-            run: Run | None = jobs.resume(resume, display)
+            run: Run | None = jobs.resume(resume, display, allow_unproven=allow_unproven)
         else:
-            run = jobs.finetune(load_config(config, overrides or (), default), display, dry_run=dry_run)
+            loaded = load_config(config, overrides or (), default)
+            run = jobs.finetune(loaded, display, dry_run=dry_run, allow_unproven=allow_unproven)
     if as_json:
         result = (
             {"dry_run": True}
@@ -150,6 +157,68 @@ def data_show(
             print(json.dumps(row, ensure_ascii=False))
     else:
         print_rows(explained, sys.stdout)
+
+
+@prompt_app.command("check")
+def prompt_check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prove, before training, that what would be served is what would be trained."""
+    from llmforge.config import load_config
+    from llmforge.jobs.prove import check_prompts
+
+    proof, notes = check_prompts(load_config(config, overrides or ()))
+    _print_proof(proof, as_json, notes)
+
+
+@app.command()
+def prove(
+    run: RunPath,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="JSONL or Parquet file of rows to prove it on. Repeatable.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prove again that an artifact serves what was trained, and write its proof.json."""
+    from llmforge.jobs.prove import prove as prove_artifact
+
+    proven = prove_artifact(run, data=data or ())
+    _print_proof(proven.proof, as_json, [])
+
+
+def _print_proof(proof: "Proof", as_json: bool, notes: list[str]) -> None:
+    """Print a proof sentence by sentence, or as JSON; a failed one ends the program with 1."""
+    from llmforge.export.proof_words import proof_lines
+
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    if as_json:
+        print(proof.to_json(None))
+    else:
+        print("\n".join(proof_lines(proof)))
+        print("proven" if proof.proven else "NOT proven")
+    if not proof.proven:
+        raise typer.Exit(1)
+
+
+@prompt_app.command("infer")
+def prompt_infer(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, .gguf file or hub id.")],
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the Python code that the model brings.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model's chat template as a prompt_format, proven equal, or say what of it cannot be written so."""
+    from llmforge.jobs.prompts import infer_prompt, inference_as_json, print_inference
+
+    inference = infer_prompt(model, trust_remote_code=trust_remote_code)
+    if as_json:
+        print(json.dumps(inference_as_json(model, inference), ensure_ascii=False))
+    else:
+        print_inference(model, inference, sys.stdout, sys.stderr)
 
 
 @app.command()

@@ -174,6 +174,12 @@ class Dataset:
         shard = open_cached(self.prepared.shards[self.prepared.sample_shard[sample]])
         return shard.sample(int(self.prepared.sample_index[sample]), int(self.lengths[index]))
 
+    def samples_of_row(self, row: int) -> tuple[list[Sample], int]:
+        """Return the samples that a row (counted from 0, as read) is trained as, and how many of its were left out."""
+        first, last = np.searchsorted(self.prepared.sample_row, [row, row + 1])
+        first_kept, last_kept = np.searchsorted(self.kept, [first, last]).tolist()
+        return [self[index] for index in range(first_kept, last_kept)], int(last - first) - (last_kept - first_kept)
+
     def place(self, index: int) -> tuple[str, int]:
         """Return the file and line that a sample comes from."""
         return self.prepared.place(self.prepared.sample_row[self.kept[index]])

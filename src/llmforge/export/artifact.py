@@ -93,7 +93,7 @@ def write_artifact(
     encoder: Encoder,
     stop: StopRules,
     generate_kwargs: Mapping[str, Any],
-    add_documents: Callable[[Path], None],
+    finish: Callable[[Path], None],
 ) -> None:
     """Write weights or adapter, tokenizer with the compiled chat template, generation config and prompt format.
 
@@ -103,7 +103,8 @@ def write_artifact(
             is cast in place.
         start: an adapter's `starting_point`, in which the base weights of `model` differ from the published ones.
         base_model: the hub id or directory under which an adapter's base model is found again.
-        add_documents: writes what else belongs into the directory (card, loss curve).
+        finish: proves what was written and adds what else belongs into the directory (proof, card, loss curve). It may
+            load the model again: this function holds it no longer then.
 
     Raises:
         RunError: what was written is not what was trained.
@@ -125,10 +126,19 @@ def write_artifact(
         else:
             model.generation_config = generation  # the base model's own may be one that transformers refuses to save
             model.to(dtype).save_pretrained(temporary)
-        _save_tokenizer(temporary, encoder)
-        generation.save_pretrained(temporary)
-        save_format(temporary, encoder.format, stop)
-        add_documents(temporary)
+        del model
+        write_text_side(temporary, encoder, stop, generation)
+        finish(temporary)
+
+
+def write_text_side(
+    directory: Path, encoder: Encoder, stop: StopRules, generation: transformers.GenerationConfig
+) -> None:
+    """Write what decides how text becomes tokens and where answers end: all of an artifact but its weights."""
+    with quiet():
+        _save_tokenizer(directory, encoder)
+        generation.save_pretrained(directory)
+    save_format(directory, encoder.format, stop)
 
 
 def _save_tokenizer(directory: Path, encoder: Encoder) -> None:

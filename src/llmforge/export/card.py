@@ -30,7 +30,9 @@ class CardFacts:
 
     `base_model` is what loads the base: a hub id, a directory or a .gguf file; `hub_id` its id on the hub, if it has
     one. `hashes` names what shaped the model (data, base model, tokenizer, prompt format). `loss_curve` is a file
-    beside the card. `rendered_example` is a short conversation in the prompt format.
+    beside the card. `embedding_rows` is how many rows the base's embeddings must get before an adapter with new tokens
+    is loaded. `proof` says what was proven, line by line. `rendered_example` is a short conversation in the
+    prompt format.
     """
 
     tag: str
@@ -56,7 +58,9 @@ class CardFacts:
     resolved_config_yaml: str
     hashes: Mapping[str, str]
     versions: Mapping[str, str]
+    proof: Sequence[str]
     loss_curve: str | None = None
+    embedding_rows: int | None = None
 
 
 def model_card(facts: CardFacts) -> str:
@@ -65,6 +69,7 @@ def model_card(facts: CardFacts) -> str:
         f"# {_plain(facts.tag)}\n\n{_introduction(facts)}",
         f"## Use\n\n{_use(facts)}",
         f"## Prompt format\n\n{_prompt_format(facts)}",
+        f"## Proof\n\n{_proof(facts)}",
         f"## Training\n\n{_training(facts)}",
         f"## Losses\n\n{_losses(facts)}",
         f"## Made from\n\n{_table(('what', 'hash'), [(name, code(value)) for name, value in facts.hashes.items()])}",
@@ -108,11 +113,15 @@ def loading_snippet(facts: CardFacts) -> str:
     folder, file = os.path.split(facts.base_model)
     base = f"{folder or '.'!r}, gguf_file={file!r}" if file.endswith(".gguf") else repr(facts.base_model)
     stops = f"    stop_strings={list(facts.stopping_sequences)!r},\n" if facts.stopping_sequences else ""
-    load = (
-        f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), artifact)"
-        if facts.is_adapter
-        else "model = AutoModelForCausalLM.from_pretrained(artifact)"
-    )
+    load = "model = AutoModelForCausalLM.from_pretrained(artifact)"
+    if facts.is_adapter and facts.embedding_rows is None:
+        load = f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), artifact)"
+    elif facts.is_adapter:
+        load = (
+            f"model = AutoModelForCausalLM.from_pretrained({base})\n"
+            f"model.resize_token_embeddings({facts.embedding_rows}, mean_resizing=False)  # new tokens\n"
+            "model = PeftModel.from_pretrained(model, artifact)"
+        )
     return (
         ("from peft import PeftModel\n" if facts.is_adapter else "")
         + "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig\n\n"
@@ -176,6 +185,11 @@ def _prompt_format(facts: CardFacts) -> str:
         f"As configured (`prompt_format.yaml`):\n\n{fenced(facts.prompt_format_yaml, 'yaml')}\n\n"
         f"Generation stops at {f'{stops} or ' if stops else ''}the end-of-sequence token."
     )
+
+
+def _proof(facts: CardFacts) -> str:
+    lines = fenced("\n".join(facts.proof), "text")
+    return f"{lines}\n\n`proof.json` has the figures; `llmforge prove .` repeats them."
 
 
 def _training(facts: CardFacts) -> str:

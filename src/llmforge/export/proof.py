@@ -6,6 +6,7 @@ made-up conversations, so that anybody who holds the artifact can repeat the pro
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -66,7 +67,8 @@ class Proof:
         }
         if trained is not None:
             content["trained"] = trained
-        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        return re.sub(r"\[\s+([-+.,\de\s]*?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"
 
 
 def read_record(artifact: Path) -> dict[str, Any] | None:

@@ -23,13 +23,17 @@ from llmforge.prompt.adversary import random_conversations
 from llmforge.prompt.certificate import Finding
 from llmforge.tasks import LanguageModeling
 
+LONGEST_PROBE = 512  # tokens
 PROBES = 4  # rows, and as many random conversations, that models are compared on
 # What two copies of a model may differ by: mean divergence in nats, and mean difference of log-probabilities. In bf16
 # the order of additions alone makes some thousandths; a merged matrix is rounded to bf16 once more.
 TOLERANCE: Mapping[Dtype, tuple[float, float]] = {"fp32": (1e-6, 1e-3), "bf16": (5e-3, 5e-2)}
 MERGED_TOLERANCE: Mapping[Dtype, tuple[float, float]] = {"fp32": (1e-6, 1e-3), "bf16": (2e-2, 1e-1)}
 LOST_SHARE = 0.1  # of what training changed in the model's predictions: what may get lost on the way to disk
-NOISE = 1e-6  # nats; below this, nothing was changed that could get lost
+NOISE: Mapping[Dtype, float] = {
+    "fp32": 1e-6,
+    "bf16": 1e-4,
+}  # nats; what is changed by less cannot be told from rounding
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def record(
         if not isinstance(encoded, ConversationError) and max(encoded[0].input_ids) < vocabulary:
             conversations.append(messages)
             samples.append(encoded[0])
-    probes = [list(ids) for ids in rows[:PROBES]] + [sample.input_ids for sample in samples]
+    probes = [list(ids) for ids in rows if len(ids) > 1][:PROBES] + [sample.input_ids for sample in samples]
     reference = measure(model, [probe[:longest] for probe in probes], device=device, autocast=autocast)
     return Recording(conversations, samples, reference)
 
@@ -161,12 +165,12 @@ def prove_weights(
     with model.disable_adapter():
         effect = reference.agreement(run())
     section["effect_of_training"] = {"kl": effect.figures()["kl"]}
-    if reference is not reloaded and reference.agreement(reloaded).kl > max(LOST_SHARE * effect.kl, NOISE):
+    if reference is not reloaded and reference.agreement(reloaded).kl > max(LOST_SHARE * effect.kl, NOISE[dtype]):
         _differs(proof, "reloaded", reference.agreement(reloaded), TOLERANCE[dtype])
     model = merge(model)
     merged = reference.agreement(run())
     _compare(proof, "merged", merged, MERGED_TOLERANCE[dtype])
-    if proof.proven and merged.kl > max(LOST_SHARE * effect.kl, NOISE):
+    if proof.proven and merged.kl > max(LOST_SHARE * effect.kl, NOISE[dtype]):
         proof.remarks.append(
             f"merged in {dtype}, the model loses {merged.kl / effect.kl:.0%} of what training changed ({merged.kl:.3g} "
             f"of {effect.kl:.3g} nats) to rounding: serve the adapter, or merge in fp32"

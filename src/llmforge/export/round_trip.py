@@ -15,7 +15,6 @@ from torch.nn.functional import log_softmax
 from llmforge.models.load import quiet
 
 PLACES = 48  # looked at per probe, the last ones: with a large vocabulary each costs a megabyte
-LONGEST = 512  # tokens of a probe
 Autocast = Callable[[], AbstractContextManager]
 
 
@@ -78,19 +77,19 @@ class Reference:
 
 @torch.no_grad()
 def measure(model: Any, probes: Sequence[Sequence[int]], *, device: torch.device, autocast: Autocast) -> Reference:
-    """Run a model over probes (token ids, cut to `LONGEST`), one by one, without dropout."""
+    """Run a model over probes (token ids), one by one, without dropout."""
     was_training = model.training
     model.eval()
-    cut = [list(probe[:LONGEST]) for probe in probes if len(probe) > 1]
+    tokens = [list(probe) for probe in probes]
     logits = []
     try:
-        for probe in cut:
+        for probe in tokens:
             with quiet(), autocast():
                 output = model(input_ids=torch.tensor([probe], device=device), use_cache=False)
             logits.append(output.logits[0, :-1][-PLACES:].float().cpu())  # the last predicts what nobody wrote
     finally:
         model.train(was_training)
-    return Reference(cut, logits)
+    return Reference(tokens, logits)
 
 
 def log_prob_difference(reference: Reference, recorded: Sequence[Sequence[float]]) -> tuple[float, float]:

@@ -155,6 +155,19 @@ class RunView:
             f"{metrics}  {duration(fields['seconds'])}{best}",
         )
 
+    def proof_line(self, fields: dict[str, Any]) -> Line:
+        """Put what was proven into one line."""
+        if not fields["proven"]:
+            return Line("proof", "FAILED")
+        parity, mask, weights = fields["parity"], fields["mask"], fields["round_trip"]
+        return Line(
+            "proof",
+            f"{parity['prompts']:,} prompts and {mask['turns']:,} turns served as trained, divergence on disk "
+            f"{weights['reloaded']['kl']:.1g}"
+            + (f", merged {weights['merged']['kl']:.1g}" if "merged" in weights else "")
+            + f"  {duration(fields['seconds'])}",
+        )
+
     def summary(self, fields: dict[str, Any]) -> Iterator[Line]:
         """Describe the finished run and what can be done with it."""
         session = f" from step {self.first_step:,}" if self.first_step not in (None, 1) else ""
@@ -211,6 +224,8 @@ class PlainDisplay:
                 self._print(self._view.evaluation_line(fields))
             case "checkpoint":
                 self._print(_checkpoint_line(fields))
+            case "proof":
+                self._print(self._view.proof_line(fields))
             case "finished":
                 self._print(*self._view.summary(fields))
             case "failed":
@@ -289,6 +304,8 @@ class LiveDisplay:
                 self._print(self._view.evaluation_line(fields))
             case "checkpoint":
                 self._print(_checkpoint_line(fields))
+            case "proof":
+                self._print(self._view.proof_line(fields))
             case "finished":
                 self.close()
                 self._print(*self._view.summary(fields))

@@ -11,6 +11,7 @@ from llmforge.config import LoadedConfig, load_config, refuse_unavailable
 from llmforge.errors import ConfigError
 from llmforge.export.card import CardFacts, Evaluation, model_card
 from llmforge.export.loss_curve import plot_losses
+from llmforge.export.proof_words import proof_lines
 from llmforge.jobs.events import EventLog, Reporters, read_events, redact
 from llmforge.jobs.interruptions import remember_interrupts
 from llmforge.jobs.loggers import check_logger, make_logger
@@ -34,8 +35,12 @@ class Audience(Reporter, Protocol):
         """Take in how many rows have been prepared."""
 
 
-def finetune(loaded: LoadedConfig, audience: Audience, *, dry_run: bool = False) -> Run | None:
+def finetune(
+    loaded: LoadedConfig, audience: Audience, *, dry_run: bool = False, allow_unproven: bool = False
+) -> Run | None:
     """Run the fine-tuning job that a config describes; with `dry_run` stop before the first step and leave nothing.
+
+    With `allow_unproven` the artifact is published even where it is not proven to serve what was trained.
 
     Raises:
         InputError: something given is wrong; nothing was trained.
@@ -44,7 +49,7 @@ def finetune(loaded: LoadedConfig, audience: Audience, *, dry_run: bool = False)
     refuse_unavailable(loaded)
     # Before rows are encoded, which can take an hour: is there a place to write to?
     RunDirectory.check(Path(loaded.config.output_dir).expanduser(), loaded.config.custom_model_tag)
-    preparation = _prepare(loaded, audience)
+    preparation = _prepare(loaded, audience, allow_unproven)
     from llmforge.train.run import check_model
 
     needed = check_model(preparation)
@@ -58,10 +63,10 @@ def finetune(loaded: LoadedConfig, audience: Audience, *, dry_run: bool = False)
     write_manifest(directory.manifest, _manifest(loaded, preparation))
     # The last: with it a run can be resumed.
     write_atomically(directory.resolved_config, redact(preparation.config.to_yaml()))
-    return _train(directory, preparation, audience)
+    return _train(directory, preparation, audience, allow_unproven=allow_unproven)
 
 
-def resume(run_dir: Path, audience: Audience) -> Run:
+def resume(run_dir: Path, audience: Audience, *, allow_unproven: bool = False) -> Run:
     """Continue a run from its last checkpoint; its result is that of a run which never stopped.
 
     A run that has finished is given back as it is. If its artifact is gone, it is written again.
@@ -80,21 +85,21 @@ def resume(run_dir: Path, audience: Audience) -> Run:
         audience.note(f"{directory.path} has finished already; there is nothing to continue")
         return load_run(directory.path)
     loaded = load_config(directory.resolved_config)
-    preparation = _prepare(loaded, audience)
+    preparation = _prepare(loaded, audience, allow_unproven)
     _refuse_changes(read_manifest(directory.manifest), _manifest(loaded, preparation), directory)
-    run = _train(directory, preparation, audience, resuming=True)
+    run = _train(directory, preparation, audience, resuming=True, allow_unproven=allow_unproven)
     assert run is not None
     return run
 
 
-def _prepare(loaded: LoadedConfig, audience: Audience) -> "Preparation":
+def _prepare(loaded: LoadedConfig, audience: Audience, allow_unproven: bool) -> "Preparation":
     from llmforge.train.prepare import prepare_run  # torch and transformers are imported here, not with the commands
 
     for note in loaded.notes:
         audience.note(note)
     if loaded.config.logger is not None:
         check_logger(loaded.config.logger.provider, loaded.config.logger.provider_config)
-    return prepare_run(loaded, audience, audience.progress)
+    return prepare_run(loaded, audience, audience.progress, allow_unproven=allow_unproven)
 
 
 def _train(
@@ -104,6 +109,7 @@ def _train(
     *,
     resuming: bool = False,
     dry_run: bool = False,
+    allow_unproven: bool = False,
 ) -> Run | None:
     from llmforge.train.run import run
 
@@ -144,6 +150,7 @@ def _train(
                 interruptions=partial(remember_interrupts, reporter.note),
                 add_documents=partial(_add_documents, directory, preparation),
                 resuming=resuming,
+                allow_unproven=allow_unproven,
             )
         except BaseException as error:
             reporter.event("failed", error=redact(str(error) or type(error).__name__), run_dir=str(directory.path))
@@ -155,6 +162,7 @@ def _train(
             metrics=result.metrics,
             artifact_path=str(directory.artifact),
             run_dir=str(directory.path),
+            proven=result.proof.proven,
         )
     return Run(directory.path, config.output.tag, result.metrics)
 
@@ -264,7 +272,9 @@ def _add_documents(directory: RunDirectory, preparation: "Preparation", artifact
             "prompt format": manifest["prompt_format"]["hash"],
         },
         versions=manifest["versions"],
+        proof=proof_lines(result.proof),
         loss_curve=LOSS_CURVE,
+        embedding_rows=preparation.embedding_rows,
     )
     write_atomically(artifact / "README.md", redact(model_card(facts)))  # it is what people publish
 

@@ -14,7 +14,7 @@ def validate_run(loaded: LoadedConfig) -> dict[str, Any]:
     from llmforge.train.prepare import prepare_run
     from llmforge.train.run import check_model
 
-    notes = _Notes()
+    notes = Notes()
     for note in loaded.notes:
         notes.note(note)
     preparation = prepare_run(loaded, notes)
@@ -34,7 +34,7 @@ def validate_run(loaded: LoadedConfig) -> dict[str, Any]:
     }
 
 
-class _Notes:
+class Notes:
     """Collects notes; validation has no other events."""
 
     def __init__(self) -> None:

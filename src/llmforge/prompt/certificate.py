@@ -105,12 +105,14 @@ class Certifier:
         self.certificate.rows += 1
         self.certificate.samples += len(samples)
         weights = batch_weights or [sample.loss_weights for sample in samples]
+        before = len(self.certificate.findings)
         if self._trained == "everything":
             traces = self._document(row, samples, place)
         else:
             traces = self._turns(row, samples, place, dropped)
         for sample, actual, trace in zip(samples, weights, traces, strict=True):
-            self._compare_weights(sample, actual, trace, place)
+            if len(self.certificate.findings) == before:  # of other ids there is no telling which should count
+                self._compare_weights(sample, actual, trace, place)
             self.certificate.tokens.update(trace.reasons)
         return traces
 
@@ -179,7 +181,7 @@ class Certifier:
             prompt_ids = self._prompt_ids(messages[:index], tools, turn, where)
             found = next((n for n in range(current, len(samples)) if _begins(samples[n].input_ids, prompt_ids)), None)
             if found is None:
-                if turn.weight:
+                if turn.weight and turn.completion:
                     self._lost_turn(samples[current:], prompt_ids, turn, where, dropped)
                 continue
             current = found
@@ -190,6 +192,8 @@ class Certifier:
 
     def _compare_whole(self, messages: Sequence[Message], tools: Any, last: Turn, place: str) -> None:
         """Compare a conversation up to its last answer as it was trained with how the saved template writes it."""
+        if not last.is_as_written:
+            return  # the template drops what was thought, or goes on behind its generation mark
         try:
             text = self._served.text(messages, tools, add_generation_prompt=False)
         except ConversationError as error:
@@ -228,7 +232,8 @@ class Certifier:
         if actual != kept:
             self._differs(where, list(sample.input_ids[: start + len(kept) + 4]), [*prompt_ids, *kept])
             return
-        ending = self._ending_tokens(completion, turn, message)
+        ending_text = self._ending(turn, message)
+        ending = self._ending_tokens(completion, ending_text)
         for offset in range(len(kept)):
             is_end = offset >= len(completion) - ending
             trace.reasons[start + offset] = ("end of turn" if is_end else "trained") if turn.weight else "weight 0"
@@ -251,9 +256,9 @@ class Certifier:
                 f"{where}: the trained tokens read {self._text_behind(prompt_ids, completion)[:120]!r}, but the "
                 f"completion is {turn.completion[:120]!r}",
             )
-        self._check_stop(completion, turn, where)
+        self._check_stop(completion, turn, ending_text, where)
 
-    def _check_stop(self, completion: list[int], turn: Turn, where: str) -> None:
+    def _check_stop(self, completion: list[int], turn: Turn, ending: str, where: str) -> None:
         """Check that the turn ends where the exported stop rules end generation."""
         tokens = [index for index, token in enumerate(completion) if token in self._stop.token_ids]
         texts = [
@@ -275,7 +280,7 @@ class Certifier:
         self.certificate.token_stops += bool(tokens)
         unreachable = [turn.completion[min(texts) :]] if texts else []
         unreachable += [self._served.decode(completion[tokens[0] + 1 :])] if tokens else []
-        self.certificate.early_stops += any(text.strip() for text in unreachable)
+        self.certificate.early_stops += any(len(text.strip()) > len(ending.strip()) for text in unreachable)
 
     def _compare_weights(self, sample: Sample, actual: Sequence[float], trace: Trace, place: str) -> None:
         """Compare the weights that the loss uses with those that follow; say what kind of mistake a difference is."""
@@ -353,13 +358,15 @@ class Certifier:
                 return list(input_ids[:count])
         return list(input_ids[:guess])
 
-    def _ending_tokens(self, completion: list[int], turn: Turn, message: Message) -> int:
-        """Count the tokens at the end of a completion that hold what follows the assistant's own text."""
+    def _ending(self, turn: Turn, message: Message) -> str:
+        """Give the text of a completion that follows the assistant's own."""
         if isinstance(self._format, PromptFormat):
-            ending = self._format.assistant.rpartition("{instruction}")[2]
-        else:
-            content = (message["content"] or "").strip()
-            ending = turn.completion.rpartition(content)[2] if content else turn.completion
+            return self._format.assistant.rpartition("{instruction}")[2]
+        content = (message["content"] or "").strip()
+        return turn.completion.rpartition(content)[2] if content else turn.completion
+
+    def _ending_tokens(self, completion: list[int], ending: str) -> int:
+        """Count the tokens at the end of a completion that hold its ending."""
         count = 0
         while count < len(completion) and len(self._served.decode(completion[len(completion) - count :])) < len(ending):
             count += 1

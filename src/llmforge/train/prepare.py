@@ -4,8 +4,10 @@ What can be wrong is found here, in the order of what it costs to find out.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import torch
 
 from llmforge.config import LoadedConfig, derive
 from llmforge.config.capabilities import refuse_unavailable
+from llmforge.config.load import Origin
 from llmforge.config.resolved import ResolvedConfig, resolve
-from llmforge.config.schema import FineTuningConfig
+from llmforge.config.schema import FineTuningConfig, PromptFormatSection
 from llmforge.config.section import RepoId
 from llmforge.data import RowLayout, RowProblem
 from llmforge.data.batches import StepPlan
@@ -22,16 +25,21 @@ from llmforge.data.blocks import read_rows
 from llmforge.data.dataset import Dataset, PreparedData
 from llmforge.data.files import find_files
 from llmforge.data.prepare import prepare
-from llmforge.errors import InputError, ModelError, NotAvailableError
-from llmforge.export.artifact import build_generation_config
+from llmforge.errors import InputError, ModelError, NotAvailableError, PromptFormatError
+from llmforge.export.artifact import build_generation_config, write_text_side
+from llmforge.export.proof import Proof
+from llmforge.export.prove_text import ROWS, Row, prove_text
 from llmforge.models.device import best_dtype, find_device, free_memory
 from llmforge.models.hub import download
 from llmforge.models.load import ModelFacts, as_plain_directory, load_tokenizer, read_facts
-from llmforge.models.source import ModelSource, check_adapter, find_model
+from llmforge.models.source import ADAPTER_CONFIG, ModelSource, check_adapter, find_model
+from llmforge.models.tokens import NewToken, add_tokens
 from llmforge.prompt import Encoder, PromptFormat, StopRules, build_format
 from llmforge.prompt.rows import RowEncoder
+from llmforge.prompt.stock import stock_generation_config
 from llmforge.tasks import TASKS, LanguageModeling
 from llmforge.train.reporter import Reporter
+from llmforge.train.unrolled import describe_unrolled
 
 ROWS_LOOKED_AT = 100  # to see whether data holds conversations or plain documents
 
@@ -55,24 +63,41 @@ class Preparation:
     adapter: Path | None
     facts: ModelFacts
     encoder: Encoder
+    new_tokens: Sequence[NewToken]
     stop: StopRules
     task: type[LanguageModeling]
     train: Split
     valid: Split | None
     plan: StepPlan
     total_steps: int
+    rows_to_prove: Sequence[Row]
+    text_proof: Proof
+
+    @property
+    def embedding_rows(self) -> int | None:
+        """The rows that the model's embeddings get for new tokens; None where they have enough."""
+        rows = max([len(self.encoder.tokenizer), *(token.id + 1 for token in self.new_tokens)])
+        return rows if self.new_tokens and rows > self.facts.vocab_size else None
 
 
-def prepare_run(loaded: LoadedConfig, reporter: Reporter, progress: Callable[[int], None] | None = None) -> Preparation:
+def prepare_run(
+    loaded: LoadedConfig,
+    reporter: Reporter,
+    progress: Callable[[int], None] | None = None,
+    *,
+    allow_unproven: bool = False,
+) -> Preparation:
     """Check and prepare everything that a run needs, short of loading weights.
 
     Args:
         progress: called with the number of rows prepared so far.
+        allow_unproven: go on where the text side of the proof fails, saying so.
 
     Raises:
         InputError: any of its kinds; says what was given, what is allowed and what to change.
     """
     refuse_unavailable(loaded)
+    loaded = _with_stock_format(loaded)
     config = loaded.config
     relative_to = loaded.path.parent
     files = find_files(config.train_path, relative_to)
@@ -85,13 +110,21 @@ def prepare_run(loaded: LoadedConfig, reporter: Reporter, progress: Callable[[in
     facts = read_facts(source, trust_remote_code=config.trust_remote_code)
     _check_context_length(loaded, facts)
     task = TASKS[config.task or "causal_lm"]
-    encoder = _build_encoder(config, source)
+    encoder, new_tokens = _build_encoder(config, source, facts)
+    known = [text for text in config.added_tokens if text not in {token.text for token in new_tokens}]
+    if known:
+        reporter.note(
+            f"added_tokens: the model has {', '.join(known)} already, and nothing is added for it. To train embeddings "
+            "of tokens that the model has, set lora_config.trainable_token_indices"
+        )
+    if adapter is not None:
+        _check_added_tokens(adapter, encoder.tokenizer, new_tokens, facts)
     stop = StopRules.derive(
         encoder, config.generation_config.stopping_sequences, config.generation_config.stopping_tokens
     )
 
     try:
-        build_generation_config(encoder, stop, config.generation_config.generate_kwargs)
+        generation = build_generation_config(encoder, stop, config.generation_config.generate_kwargs)
     except InputError as error:
         raise loaded.error("generation_config.generate_kwargs", str(error)) from error
 
@@ -114,7 +147,8 @@ def prepare_run(loaded: LoadedConfig, reporter: Reporter, progress: Callable[[in
     train_rows = read(files)
     valid_rows = None if valid_files is None else read(valid_files)
 
-    _check_vocabulary(encoder, facts, [train_rows] if valid_rows is None else [train_rows, valid_rows])
+    if not new_tokens:  # which give every token of the tokenizer a row
+        _check_vocabulary(encoder, facts, [train_rows] if valid_rows is None else [train_rows, valid_rows])
 
     device = find_device()
     derived = _derive(config, facts, device, train_rows)
@@ -135,14 +169,26 @@ def prepare_run(loaded: LoadedConfig, reporter: Reporter, progress: Callable[[in
             "task: causal_lm (the default): every token is trained, prompts too. "
             "To train only what the assistant says, set task: instruction_tuning"
         )
-    if isinstance(encoder.format, PromptFormat) and not encoder.format.assistant.startswith(
-        encoder.format.trailing_assistant
-    ):
-        reporter.note(
-            "prompt_format.assistant does not begin with trailing_assistant: the model is trained behind "
-            f"{encoder.format.assistant.partition('{instruction}')[0]!r} and asked behind "
-            f"{encoder.format.trailing_assistant!r}. Unless that is meant, begin assistant with trailing_assistant"
+    if unrolled := describe_unrolled(train_rows, encoder):
+        reporter.note(unrolled)
+    rows_to_prove = [
+        row
+        for split, paths in ((valid, valid_files), (train, files))
+        if split is not None and paths is not None
+        for row in _rows_to_prove(split, paths, layout)
+    ]
+    with tempfile.TemporaryDirectory() as directory:
+        write_text_side(Path(directory), encoder, stop, generation)
+        text_proof = prove_text(
+            Path(directory),
+            encoder=encoder,
+            stop=stop,
+            task=task(pad_token_id=encoder.tokenizer.pad_token_id or 0, pad_to=None, keeps_logits=False),
+            rows=rows_to_prove,
+            context_length=context_length,
+            trust_remote_code=config.trust_remote_code,
         )
+    _judge(text_proof, encoder, reporter, allow_unproven)
     return Preparation(
         config=resolved,
         device=device,
@@ -151,12 +197,15 @@ def prepare_run(loaded: LoadedConfig, reporter: Reporter, progress: Callable[[in
         adapter=adapter,
         facts=facts,
         encoder=encoder,
+        new_tokens=new_tokens,
         stop=stop,
         task=task,
         train=train,
         valid=valid,
         plan=plan,
         total_steps=total_steps,
+        rows_to_prove=rows_to_prove,
+        text_proof=text_proof,
     )
 
 
@@ -166,7 +215,57 @@ def load_encoder(loaded: LoadedConfig) -> Encoder:
     Raises:
         InputError: the model, its tokenizer or the format cannot be used.
     """
-    return _build_encoder(loaded.config, _find_model(loaded))
+    loaded = _with_stock_format(loaded)
+    source = _find_model(loaded)
+    facts = read_facts(source, trust_remote_code=loaded.config.trust_remote_code)
+    return _build_encoder(loaded.config, source, facts)[0]
+
+
+def _rows_to_prove(split: Split, files: Sequence[str], layout: RowLayout) -> Iterator[Row]:
+    """Give the first rows of a split, each with the samples that it is trained as."""
+    for number, row in enumerate(itertools.islice(read_rows(files, layout), ROWS)):
+        if isinstance(row.content, RowProblem):
+            continue
+        samples, dropped = split.dataset.samples_of_row(number)
+        if samples or not dropped:
+            yield Row(f"{row.file}:{row.line}", row.content, samples, dropped)
+
+
+def _judge(proof: Proof, encoder: Encoder, reporter: Reporter, allow_unproven: bool) -> None:
+    """Stop a run of which it is known beforehand that it would not serve what it trains."""
+    for remark in proof.remarks:
+        reporter.note(remark)
+    if proof.proven:
+        return
+    text = f"what would be served is not what would be trained.\n{proof.message()}"
+    format = encoder.format
+    if isinstance(format, PromptFormat) and not format.assistant.startswith(format.trailing_assistant):
+        text += (
+            "\nprompt_format.assistant does not begin with trailing_assistant: the model would be trained behind "
+            f"{format.assistant.partition('{instruction}')[0]!r} and asked behind {format.trailing_assistant!r}. Begin "
+            "assistant with trailing_assistant"
+        )
+    if not allow_unproven:
+        raise PromptFormatError(f"{text}\nNothing was trained. Change that, or go on all the same: --allow-unproven")
+    reporter.note(f"unproven: {text}")
+
+
+def _with_stock_format(loaded: LoadedConfig) -> LoadedConfig:
+    """Fill in the format of a core model where the config gives none."""
+    generation = loaded.config.generation_config
+    stock = stock_generation_config(loaded.config.model_id)
+    if stock is None or generation.prompt_format is not None:
+        return loaded
+    origin = Origin("derived", f"stock format of {loaded.config.model_id}")
+    changes: dict[str, Any] = {"prompt_format": PromptFormatSection(**stock["prompt_format"])}
+    if "stopping_sequences" not in generation.model_fields_set:
+        changes["stopping_sequences"] = tuple(stock["stopping_sequences"])
+    filled = {"generation_config": generation.model_copy(update=changes)}
+    return replace(
+        loaded,
+        config=loaded.config.model_copy(update=filled),
+        origins={**loaded.origins, **{f"generation_config.{key}": origin for key in changes}},
+    )
 
 
 def _find_model(loaded: LoadedConfig) -> ModelSource:
@@ -185,15 +284,39 @@ def _cache_dir(config: FineTuningConfig) -> Path:
     return Path(config.cache_dir or derive.cache_dir().value).expanduser().resolve()
 
 
-def _build_encoder(config: FineTuningConfig, source: ModelSource) -> Encoder:
+def _build_encoder(config: FineTuningConfig, source: ModelSource, facts: ModelFacts) -> tuple[Encoder, list[NewToken]]:
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    new_tokens = add_tokens(tokenizer, config.added_tokens, rows=facts.vocab_size)
     section = config.generation_config.prompt_format
     format = build_format(
         None if section is None else section.model_dump(exclude_unset=True),
         tokenizer,
         plain_text=config.data_format == "text",
     )
-    return Encoder(tokenizer, format)
+    return Encoder(tokenizer, format), new_tokens
+
+
+def _check_added_tokens(adapter: Path, tokenizer: Any, new_tokens: Sequence[NewToken], facts: ModelFacts) -> None:
+    """Check that an adapter to continue was trained with the same new tokens, if its tokenizer lies beside it."""
+    if not (adapter / "tokenizer_config.json").is_file():
+        return
+    theirs = load_tokenizer(ModelSource(str(adapter), adapter)).get_vocab()
+    indices = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("trainable_token_indices") or []
+    trained = {row for rows in (indices.values() if isinstance(indices, dict) else [indices]) for row in rows}
+    ours = {token.id: token.text for token in new_tokens}
+    own = tokenizer.get_vocab()
+    # Of the tokens that only its tokenizer has, those whose embeddings the adapter holds.
+    added = {
+        id: text
+        for text, id in sorted(theirs.items(), key=lambda item: item[1])
+        if text in ours.values() or (text not in own and (id in trained or id >= facts.vocab_size))
+    }
+    if added != ours:
+        raise ModelError(
+            f"initial_adapter_model_ckpt_path: the adapter in {adapter} was trained with the new tokens "
+            f"{list(added.values())}, here they are {list(ours.values())}; give the same ones in the same order: "
+            f"added_tokens: {json.dumps(list(added.values()), ensure_ascii=False)}"
+        )
 
 
 def _initial_weights(config: FineTuningConfig, source: ModelSource, relative_to: Path) -> ModelSource:
@@ -282,8 +405,8 @@ def _check_vocabulary(encoder: Encoder, facts: ModelFacts, splits: Sequence[Prep
     if largest >= facts.vocab_size:
         raise ModelError(
             f"the data use token {largest} ({encoder.decode([largest])!r}), but the model has embeddings for "
-            f"{facts.vocab_size} tokens only, and adding some is not available in this version; use the tokenizer that "
-            "belongs to the model, or keep that text out of data and prompt format"
+            f"{facts.vocab_size} tokens only; use the tokenizer that belongs to the model, keep that text out of data "
+            f"and prompt format, or have it learnt: added_tokens: [{json.dumps(encoder.decode([largest]))}]"
         )
 
 

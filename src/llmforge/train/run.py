@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from llmforge.atomic import write_atomically
 from llmforge.checkpoint import (
     best_checkpoint,
     delete_superseded,
@@ -22,8 +23,12 @@ from llmforge.checkpoint import (
 )
 from llmforge.config.resolved import ResolvedConfig
 from llmforge.data.batches import evaluation_batches
-from llmforge.errors import RunError
+from llmforge.errors import ProofError, RunError
 from llmforge.export.artifact import write_artifact
+from llmforge.export.proof import FILE_NAME as PROOF
+from llmforge.export.proof import Proof
+from llmforge.export.prove_text import prove_text
+from llmforge.export.prove_weights import LONGEST_PROBE, Recording, prove_weights, record, training_record
 from llmforge.models.adapter import add_lora, check_continuation, load_adapter, starting_point
 from llmforge.models.device import DTYPES, autocast, device_name
 from llmforge.models.load import (
@@ -33,7 +38,8 @@ from llmforge.models.load import (
     load_base_model,
     takes_logits_to_keep,
 )
-from llmforge.tasks import Batch
+from llmforge.models.tokens import make_room, train_new_rows
+from llmforge.tasks import Batch, LanguageModeling
 from llmforge.train.backends import SingleDevice
 from llmforge.train.evaluation import evaluate
 from llmforge.train.loop import train
@@ -54,6 +60,7 @@ class Result:
     base_model: str
     parameters: int
     trainable_parameters: int
+    proof: Proof
 
 
 def check_model(preparation: Preparation) -> int:
@@ -64,10 +71,12 @@ def check_model(preparation: Preparation) -> int:
     """
     config = preparation.config
     skeleton = build_skeleton(preparation.weights_source, trust_remote_code=config.model.trust_remote_code)
+    new_rows = make_room(skeleton, preparation.new_tokens, rows=len(preparation.encoder.tokenizer))
     artifact = sum(p.numel() for p in skeleton.parameters()) * DTYPES[config.speed.dtype].itemsize
     if config.adapter is not None:
         # Some initialisations compute with the weights, which are not there yet; they change no name and no shape.
-        skeleton = add_lora(skeleton, {**config.adapter.options, "init_lora_weights": True})
+        options = train_new_rows(skeleton, config.adapter.options, new_rows)
+        skeleton = add_lora(skeleton, {**options, "init_lora_weights": True})
         if preparation.adapter is not None:
             check_continuation(skeleton, preparation.adapter)
         artifact = state_bytes(skeleton, 0)
@@ -84,6 +93,7 @@ def run(
     add_documents: Callable[[Path, Result], None],
     resuming: bool = False,
     dry_run: bool = False,
+    allow_unproven: bool = False,
 ) -> Result | None:
     """Load the model, train it, and write the artifact of its best state.
 
@@ -92,9 +102,11 @@ def run(
         add_documents: writes card and loss curve into the artifact.
         resuming: continue from the last checkpoint in `checkpoints`.
         dry_run: stop before the first step, returning None.
+        allow_unproven: publish the artifact even where its proof fails.
 
     Raises:
         InputError: the model cannot be loaded or adapted.
+        ProofError: the artifact does not serve what was trained.
         RunError: training failed or was interrupted.
     """
     config = preparation.config
@@ -206,20 +218,79 @@ def run(
     best = best_checkpoint(list_checkpoints(checkpoints))
     if best.step != last_step:
         load_checkpoint(best, model=model, optimizer=None)
-    result = Result(best.step, best.metrics, _base_model_name(preparation), parameters, trainable)
+    native = preparation.facts.native_context_length or LONGEST_PROBE
+    recording = record(
+        model,
+        encoder=preparation.encoder,
+        task=task,
+        rows=[row.samples[0].input_ids for row in preparation.rows_to_prove if row.samples],
+        longest=min(LONGEST_PROBE, native),
+        device=preparation.device,
+        autocast=forward_context,
+    )
+    base_model = _base_model_name(preparation)
+    result: Result | None = None
+
+    def finish(directory: Path) -> None:
+        nonlocal model, optimizer, result
+        del model, optimizer  # the proof loads the artifact, and two models may not fit
+        began = time.perf_counter()
+        proof = _prove(preparation, directory, recording, task)
+        reporter.event("proof", proven=proof.proven, **proof.sections, seconds=time.perf_counter() - began)
+        for remark in proof.remarks:
+            reporter.note(remark)
+        text = proof.to_json(
+            training_record(directory, recording, task=task, dtype=config.speed.dtype, stop=preparation.stop)
+        )
+        if not (proof.proven or allow_unproven):
+            write_atomically(artifact.with_name(PROOF), text)
+            raise ProofError(
+                f"what would be served is not what was trained, so there is no artifact.\n{proof.message()}\n"
+                f"{artifact.with_name(PROOF)} has all of it. The training is kept: --resume with --allow-unproven "
+                "writes the artifact all the same, with the failure in its card"
+            )
+        write_atomically(directory / PROOF, text)
+        result = Result(best.step, best.metrics, base_model, parameters, trainable, proof)
+        add_documents(directory, result)
+
     write_artifact(
         artifact,
         model=model,
         start=start,
-        base_model=result.base_model,
+        base_model=base_model,
         revision=config.model.revision,
         dtype=DTYPES[config.speed.dtype],
         encoder=preparation.encoder,
         stop=preparation.stop,
         generate_kwargs=config.generation.generate_kwargs,
-        add_documents=lambda directory: add_documents(directory, result),
+        finish=finish,
     )
     return result
+
+
+def _prove(preparation: Preparation, directory: Path, recording: Recording, task: LanguageModeling) -> Proof:
+    """Prove an artifact: its text side as it lies on disk, and its weights against what the trained model computed."""
+    config = preparation.config
+    text = prove_text(
+        directory,
+        encoder=preparation.encoder,
+        stop=preparation.stop,
+        task=task,
+        rows=preparation.rows_to_prove,
+        context_length=config.data.context_length,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    weights = prove_weights(
+        directory,
+        recording.reference,
+        dtype=config.speed.dtype,
+        weights_dtype=DTYPES[config.speed.dtype],
+        device=preparation.device,
+        autocast=autocast(preparation.device, config.speed.dtype),
+        trust_remote_code=config.model.trust_remote_code,
+        allow_pickle_weights=config.model.allow_pickle_weights,
+    )
+    return Proof({**text.sections, **weights.sections}, [*text.findings, *weights.findings], [*weights.remarks])
 
 
 @contextmanager
@@ -256,17 +327,19 @@ def _load_model(preparation: Preparation, reporter: Reporter) -> tuple[Any, dict
         attention=attention,
         trust_remote_code=config.model.trust_remote_code,
     )
+    new_rows = make_room(model, preparation.new_tokens, rows=len(preparation.encoder.tokenizer))
     if config.speed.gradient_checkpointing:
         problem = enable_activation_checkpointing(model)
         if problem:
             reporter.note(problem)
     if config.adapter is None:
         return model, {}
+    options = train_new_rows(model, config.adapter.options, new_rows)
     if preparation.adapter is not None:  # it belongs to the base weights as they are, however it once began
-        model = add_lora(model, {**config.adapter.options, "init_lora_weights": True})
+        model = add_lora(model, {**options, "init_lora_weights": True})
         load_adapter(model, preparation.adapter)
         return model, {}
-    model = add_lora(model, config.adapter.options)
+    model = add_lora(model, options)
     return model, starting_point(model)
 
 

@@ -1,0 +1,431 @@
+"""The proof that what is served is what was trained: it holds for good runs, and catches the field's old bugs."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import llmforge.train.run as training
+from conftest import CHATML_TEMPLATE, PROMPT_FORMATS, build_tokenizer, conversation_rows, save_model, write_jsonl
+from llmforge.config import load_config
+from llmforge.data.samples import Sample
+from llmforge.errors import PromptFormatError, ProofError
+from llmforge.export.artifact import build_generation_config, write_text_side
+from llmforge.export.proof import Proof
+from llmforge.export.prove_text import Row, prove_text
+from llmforge.jobs.finetune import finetune, resume
+from llmforge.jobs.prove import check_prompts, prove
+from llmforge.prompt import ChatTemplate, Encoder, Format, PromptFormat, StopRules
+from llmforge.tasks import CausalLM, InstructionTuning
+from llmforge.tasks.language_modeling import Batch
+from tiny_runs import LORA, Listener, command, run_here, write_config
+
+CONVERSATION = [
+    {"role": "system", "content": "You are a helpful assistant."},
+    {"role": "user", "content": "What does red mean?"},
+    {"role": "assistant", "content": "stop"},
+    {"role": "user", "content": "And green?"},
+    {"role": "assistant", "content": "go"},
+]
+ROWS = [{"messages": CONVERSATION}, *conversation_rows(11)]
+
+
+def text_proof(
+    directory: Path,
+    format: Format,
+    tokenizer: Any,
+    *,
+    spoil: Any = lambda samples: samples,
+    task: Any = InstructionTuning,
+    trains_with: Encoder | None = None,
+    rows: list[dict] = ROWS,
+    stop: StopRules | None = None,
+) -> Proof:
+    """Prove a format's text side; `spoil` changes samples as a bug would, `trains_with` encodes them otherwise."""
+    served = Encoder(tokenizer, format)
+    encoder = trains_with or served
+    stop = stop or StopRules.derive(served, [], [])
+    directory.mkdir(exist_ok=True)
+    write_text_side(directory, served, stop, build_generation_config(served, stop, {}))
+    task = task(pad_token_id=tokenizer.pad_token_id or 0, pad_to=None, keeps_logits=False)
+    encoded = encoder.encode_conversations(rows, task.trained)
+    proven = [
+        Row(f"rows.jsonl:{number}", row, spoil(samples))
+        for number, (row, samples) in enumerate(zip(rows, encoded, strict=True), 1)
+    ]
+    return prove_text(directory, encoder=encoder, stop=stop, task=task, rows=proven)
+
+
+def only_failure(proof: Proof) -> dict[str, Any]:
+    (failure,) = proof.failures()
+    return failure
+
+
+def reweighted(samples: list[Sample], change: Any) -> list[Sample]:
+    """Give samples whose weights are changed by a function of ids and weights."""
+    return [Sample(sample.input_ids, change(list(sample.input_ids), list(sample.loss_weights))) for sample in samples]
+
+
+@pytest.fixture(scope="module")
+def chatml():
+    return build_tokenizer(eos="<|im_end|>", chat_template=CHATML_TEMPLATE)
+
+
+@pytest.mark.parametrize("name", PROMPT_FORMATS)
+@pytest.mark.parametrize("task", [InstructionTuning, CausalLM])
+def test_good_formats_are_proven(name: str, task: Any, tmp_path: Path) -> None:
+    end = {"llama3": "<|eot_id|>", "gemma2": "<end_of_turn>", "chatml": "<|im_end|>", "llama_guard2": "<|eot_id|>"}
+    proof = text_proof(
+        tmp_path, PromptFormat(**PROMPT_FORMATS[name]), build_tokenizer(eos=end.get(name, "</s>")), task=task
+    )
+    assert proof.proven, proof.message()
+    parity, mask, stop = (proof.sections[section] for section in ("parity", "mask", "stop"))
+    assert parity["prompts"] > 350
+    assert parity["differences"] == 0
+    tokens = mask["tokens"]
+    assert tokens["pad"] > 0
+    assert tokens["truncated"] == 0
+    if task is InstructionTuning:
+        assert mask["turns"] == mask["turns_exact"] == stop["turns"] == stop["end_in_stop_token"] == 13
+        assert tokens["end of turn"] >= 13
+        assert tokens["prompt"] > tokens["trained"] > 13
+
+
+def test_every_token_of_a_row_has_its_reason(chatml: Any, tmp_path: Path) -> None:
+    weightless = [{**message, "weight": 0} if message["content"] == "stop" else message for message in CONVERSATION]
+    proof = text_proof(tmp_path, ChatTemplate(CHATML_TEMPLATE, chatml, True), chatml, rows=[{"messages": weightless}])
+    assert proof.proven
+    encoder = Encoder(chatml, ChatTemplate(CHATML_TEMPLATE, chatml, True))
+    (pieces,) = encoder.explain([{"messages": weightless}], "assistant")[0]
+    count = {reason: sum(len(p.input_ids) for p in pieces if p.reason == reason) for reason in ("prompt", "weight 0")}
+    tokens = proof.sections["mask"]["tokens"]
+    assert tokens["prompt"] == count["prompt"]
+    assert tokens["weight 0"] == count["weight 0"] > 0
+    assert tokens["end of turn"] == 2  # <|im_end|> and the line break behind it
+    assert proof.sections["mask"]["turns"] == 1
+
+
+class TestOldBugs:
+    """Each of these has shipped in a tool of the field; each is caught, by its own name, before training."""
+
+    def test_a_second_bos(self, tmp_path: Path) -> None:
+        tokenizer = build_tokenizer()
+
+        class Doubles(Encoder):
+            def _tokenize(self, texts: list[str]) -> list[list[int]]:
+                return [[tokenizer.bos_token_id, *ids] if text.startswith("<s>") else ids
+                        for text, ids in zip(texts, super()._tokenize(texts), strict=True)]  # fmt: skip
+
+        format = PromptFormat(**PROMPT_FORMATS["mistral"])
+        proof = text_proof(tmp_path, format, tokenizer, trains_with=Doubles(tokenizer, format))
+        assert {failure["code"] for failure in proof.failures()} == {"second_bos"}
+        message = proof.failures()[0]["message"]
+        assert "a second BOS" in message
+        shown = [failure["message"] for failure in proof.failures()] + [f.message for f in proof.findings]
+        assert any("trained on: 0 '<s>' | 0 '<s>'" in text and "served:     0 '<s>' | " in text for text in shown)
+
+    def test_a_second_bos_that_training_and_serving_agree_on(self, tmp_path: Path) -> None:
+        rows = [{"messages": [{"role": "user", "content": "<s>Hello"}, {"role": "assistant", "content": "go</s>"}]}]
+        passed = dict.fromkeys(("system", "user", "assistant"), "{instruction}")
+        format = PromptFormat(**passed, trailing_assistant="", bos="<s>")
+        failure = only_failure(text_proof(tmp_path, format, build_tokenizer(), rows=rows))
+        assert (failure["check"], failure["code"]) == ("parity", "second_bos")
+        assert "rows.jsonl:1: a second BOS: the sample begins with '<s>' twice" in failure["message"]
+
+    def test_an_end_of_turn_that_is_not_trained(self, chatml: Any, tmp_path: Path) -> None:
+        end = chatml.convert_tokens_to_ids("<|im_end|>")
+
+        def untrain(ids: list[int], weights: list[float]) -> list[float]:
+            return [0.0 if token == end else weight for token, weight in zip(ids, weights, strict=True)]
+
+        format = ChatTemplate(CHATML_TEMPLATE, chatml, True)
+        proof = text_proof(tmp_path, format, chatml, spoil=lambda samples: reweighted(samples, untrain))
+        failure = only_failure(proof)
+        assert (failure["check"], failure["code"], failure["count"]) == ("mask", "end_untrained", 12)
+        assert "the end of a turn is not trained, so the model will not learn to stop" in failure["message"]
+        assert f"» {end} '<|im_end|>' «" in failure["message"]
+
+    def test_padding_that_swallows_the_end(self, tmp_path: Path) -> None:
+        tokenizer = build_tokenizer(eos="<|im_end|>", chat_template=CHATML_TEMPLATE)
+        tokenizer.pad_token = tokenizer.eos_token
+
+        class MasksPadding(InstructionTuning):
+            def collate(self, samples: Any) -> Batch:
+                batch = super().collate(samples)
+                return replace(
+                    batch, loss_weights_BT=batch.loss_weights_BT.masked_fill(batch.input_ids_BT == self.pad_token_id, 0)
+                )
+
+        format = ChatTemplate(CHATML_TEMPLATE, tokenizer, True)
+        assert text_proof(tmp_path, format, tokenizer).proven  # our own padding does not
+        failure = only_failure(text_proof(tmp_path, format, tokenizer, task=MasksPadding))
+        assert (failure["check"], failure["code"], failure["count"]) == ("mask", "pad_is_eos", 12)
+        assert "'<|im_end|>' ends a turn and is the padding token too" in failure["message"]
+
+    def test_a_response_marker_that_tokenises_otherwise_in_context(self, tmp_path: Path) -> None:
+        """The ids of "## A" alone are looked for in a text that has them behind a "#"."""
+        tokenizer = build_tokenizer()
+        format = PromptFormat(
+            system="{instruction}\n", user="{instruction}## A", assistant="{instruction}</s>",
+            trailing_assistant="",
+        )  # fmt: skip
+        marker = tokenizer("## A", add_special_tokens=False)["input_ids"]
+
+        def behind_marker(ids: list[int], weights: list[float]) -> list[float]:
+            found = [n for n in range(len(ids)) if ids[n : n + len(marker)] == marker]
+            start = found[-1] + len(marker) if found else len(ids)
+            return [float(n >= start) for n in range(len(ids))]
+
+        rows = conversation_rows(5)
+        for row in rows:
+            row["messages"][0]["content"] += " In C#"
+        inside = tokenizer("In C### A", add_special_tokens=False)["input_ids"]
+        assert inside[-len(marker) :] != marker
+        failure = only_failure(
+            text_proof(tmp_path, format, tokenizer, rows=rows, spoil=lambda samples: reweighted(samples, behind_marker))
+        )
+        assert (failure["check"], failure["code"], failure["count"]) == ("mask", "nothing_trained", 5)
+        assert "no token of it is trained, though an assistant turn should be" in failure["message"]
+
+    def test_a_prompt_token_that_is_trained(self, chatml: Any, tmp_path: Path) -> None:
+        format = ChatTemplate(CHATML_TEMPLATE, chatml, True)
+        proof = text_proof(
+            tmp_path, format, chatml,
+            spoil=lambda samples: reweighted(samples, lambda ids, weights: [0.0] + [1.0] * (len(ids) - 1)),
+        )  # fmt: skip
+        failure = only_failure(proof)
+        assert (failure["check"], failure["code"]) == ("mask", "prompt_trained")
+
+    def test_a_turn_that_ends_in_nothing(self, chatml: Any, tmp_path: Path) -> None:
+        format = PromptFormat(**{**PROMPT_FORMATS["chatml"], "assistant": "<|im_start|>assistant\n{instruction}\n"})
+        failure = only_failure(text_proof(tmp_path, format, chatml))
+        assert (failure["check"], failure["code"], failure["count"]) == ("stop", "no_stop", 13)
+        assert "ends in 'stop\\n', and generation ends only at '<|im_end|>' (4): the model will not stop" in str(
+            failure["message"]
+        )
+
+    def test_a_stop_that_the_export_lacks(self, chatml: Any, tmp_path: Path) -> None:
+        format = ChatTemplate(CHATML_TEMPLATE, chatml, True)
+        encoder, stop = Encoder(chatml, format), StopRules(token_ids=(4,))
+        text_proof(tmp_path, format, chatml)
+        config = json.loads((tmp_path / "generation_config.json").read_text())
+        (tmp_path / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": 1}))
+        task = InstructionTuning(pad_token_id=2, pad_to=None, keeps_logits=False)
+        failure = only_failure(prove_text(tmp_path, encoder=encoder, stop=stop, task=task, rows=[]))
+        assert (failure["check"], failure["code"]) == ("stop", "export_lacks_stop")
+
+
+@pytest.mark.parametrize("place", range(0, len(CHATML_TEMPLATE), 7))
+def test_a_template_of_which_one_character_is_changed_does_not_pass_as_itself(
+    place: int, chatml: Any, tmp_path: Path
+) -> None:
+    mutated = CHATML_TEMPLATE[:place] + chr(ord(CHATML_TEMPLATE[place]) ^ 1) + CHATML_TEMPLATE[place + 1 :]
+    format = ChatTemplate(CHATML_TEMPLATE, chatml, True)
+    text_proof(tmp_path, format, chatml)
+    (tmp_path / "chat_template.jinja").write_text(mutated)
+    task = InstructionTuning(pad_token_id=2, pad_to=None, keeps_logits=False)
+    encoder = Encoder(chatml, format)
+    (samples,) = encoder.encode_conversations(ROWS[:1], "assistant")
+    try:
+        proof = prove_text(
+            tmp_path, encoder=encoder, stop=StopRules(token_ids=(4,)), task=task, rows=[Row("r:1", ROWS[0], samples)]
+        )
+    except PromptFormatError:
+        return  # no Jinja any more
+    assert not proof.proven
+
+
+class TestARun:
+    @pytest.fixture(scope="class")
+    def run(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """A run directory with an adapter that learned something."""
+        directory = tmp_path_factory.mktemp("proven")
+        write_jsonl(directory / "train.jsonl", conversation_rows(48))
+        write_jsonl(directory / "valid.jsonl", conversation_rows(12, seed=1))
+        model = save_model(directory / "model")
+        run, listener = run_here(
+            directory,
+            model,
+            lora_config=LORA,
+            learning_rate=1e-2,
+            num_epochs=4,
+            valid_path=str(directory / "valid.jsonl"),
+        )
+        assert listener.of("proof", "proven") == [True]
+        assert listener.of("finished", "proven") == [True]
+        return run.run_dir
+
+    @pytest.fixture
+    def artifact(self, run: Path, tmp_path: Path) -> Path:
+        """A copy of its artifact, away from the run."""
+        shutil.copytree(run / "artifact", tmp_path / "artifact")
+        return tmp_path / "artifact"
+
+    def test_leaves_its_proof(self, run: Path) -> None:
+        proof = json.loads((run / "artifact" / "proof.json").read_text())
+        assert proof["proven"] is True
+        assert proof["failures"] == []
+        assert proof["parity"]["rows"] == 60
+        weights = proof["round_trip"]
+        assert weights["effect_of_training"]["kl"] > 0.1
+        assert weights["reloaded"]["max_logit_difference"] < 1e-5
+        assert weights["merged"]["max_logit_difference"] < 1e-3
+        assert weights["merged"]["same_choice"] == 1
+        assert "What does red mean?" not in (run / "artifact" / "proof.json").read_text()  # no row of the user's
+        card = (run / "artifact" / "README.md").read_text()
+        assert "## Proof" in card
+        assert "have the same token ids in training and in serving (chat_template" in card
+
+    def test_can_be_proven_again_with_its_data_without_and_with_others(self, run: Path, artifact: Path) -> None:
+        outcome = command("prove", run)
+        assert outcome.returncode == 0, outcome.stderr
+        assert outcome.stdout.endswith("proven\n")
+        assert "log-probabilities are" in outcome.stdout
+        alone = prove(artifact).proof
+        assert alone.proven
+        assert alone.sections["parity"]["rows"] == 0
+        assert alone.sections["round_trip"]["recorded"]["max_difference"] < 1e-4
+        rows = write_jsonl(artifact.parent / "x.jsonl", conversation_rows(7, seed=5))
+        assert prove(artifact, data=[str(rows)]).proof.sections["parity"]["rows"] == 7
+        assert json.loads((artifact / "proof.json").read_text())["trained"]["conversations"]
+
+    def test_a_template_that_is_edited_afterwards_is_caught(self, artifact: Path) -> None:
+        path = artifact / "chat_template.jinja"
+        path.write_text(path.read_text().replace("<|im_end|>\n", "<|im_end|>"))
+        proof = prove(artifact).proof
+        found = {failure["code"]: failure["message"] for failure in proof.failures()}
+        assert found["edited"] == (
+            "chat_template.jinja has been edited since training: what is served is not what was trained"
+        )
+        assert "trained on: " in found["ids_differ"]
+        assert "served:     " in found["ids_differ"]
+        assert command("prove", artifact).returncode == 1
+
+    def test_so_is_one_whose_meaning_is_the_same(self, artifact: Path) -> None:
+        path = artifact / "chat_template.jinja"
+        path.write_text(path.read_text() + "{# a word #}")
+        assert [failure["code"] for failure in prove(artifact).proof.failures()] == ["edited"]
+
+    def test_an_adapter_without_tensors_is_caught(self, artifact: Path) -> None:
+        save_file({}, artifact / "adapter_model.safetensors", metadata={"format": "pt"})
+        failure = only_failure(prove(artifact).proof)
+        assert (failure["check"], failure["code"]) == ("round_trip", "empty_adapter")
+        assert "saved empty, and would be served as the base model" in failure["message"]
+
+    def test_weights_that_changed_are_caught(self, artifact: Path) -> None:
+        path = artifact / "adapter_model.safetensors"
+        tensors = load_file(path)
+        save_file({name: tensor * 0.9 for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+        failure = only_failure(prove(artifact).proof)
+        assert (failure["check"], failure["code"]) == ("round_trip", "record_differs")
+
+
+def test_a_merged_adapter_with_untied_embeddings_is_caught(data_dir: Path, tied_model_dir: Path) -> None:
+    """Merging changes the head only, and config.json goes on to say that head and embedding are one."""
+    run, _ = run_here(data_dir, tied_model_dir, learning_rate=1e-3)
+    artifact = run.artifact_dir
+    assert prove(artifact).proof.proven
+    tensors = load_file(artifact / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 0.1
+    save_file(tensors, artifact / "model.safetensors", metadata={"format": "pt"})
+    failure = only_failure(prove(artifact).proof)
+    assert (failure["check"], failure["code"]) == ("round_trip", "untied_embeddings")
+    assert "config.json has tie_word_embeddings: true, so that one of them is lost" in failure["message"]
+
+
+def test_a_full_run_is_proven_in_bf16_too(data_dir: Path, model_dir: Path) -> None:
+    run, _ = run_here(data_dir, model_dir, dtype="bf16", learning_rate=1e-3)
+    proof = json.loads((run.artifact_dir / "proof.json").read_text())
+    assert proof["proven"]
+    assert proof["round_trip"]["dtype"] == "bf16"
+    assert 0 < proof["round_trip"]["reloaded"]["kl"] < 5e-3
+
+
+ENDLESS = {**PROMPT_FORMATS["chatml"], "assistant": "<|im_start|>assistant\n{instruction}"}
+
+
+def test_what_cannot_be_proven_is_refused_before_training(data_dir: Path, model_dir: Path) -> None:
+    config = write_config(data_dir, model_dir, generation_config={"prompt_format": ENDLESS})
+    outcome = command("finetune", config)
+    assert outcome.returncode == 2
+    assert "what would be served is not what would be trained" in outcome.stderr
+    assert "the model will not stop" in outcome.stderr
+    assert "--allow-unproven" in outcome.stderr
+    assert not (data_dir / "runs").exists()
+    checked = command("prompt", "check", config)
+    assert checked.returncode == 1
+    assert checked.stdout.endswith("NOT proven\n")
+    assert "FAILED: stop (no_stop, " in checked.stdout
+
+
+def test_or_shipped_with_the_failure_in_its_card(data_dir: Path, model_dir: Path) -> None:
+    listener = Listener()
+    config = write_config(data_dir, model_dir, lora_config=LORA, generation_config={"prompt_format": ENDLESS})
+    run = finetune(load_config(config), listener, allow_unproven=True)
+    assert run is not None
+    assert any(note.startswith("unproven: ") for note in listener.notes)
+    proof = json.loads((run.artifact_dir / "proof.json").read_text())
+    assert proof["proven"] is False
+    assert [failure["code"] for failure in proof["failures"]] == ["no_stop"]
+    assert "FAILED: stop (no_stop, " in (run.artifact_dir / "README.md").read_text()
+
+
+def test_a_good_config_is_checked(data_dir: Path, model_dir: Path) -> None:
+    proof, _ = check_prompts(load_config(write_config(data_dir, model_dir)))
+    assert proof.proven
+    outcome = command("prompt", "check", write_config(data_dir, model_dir), "--json")
+    assert outcome.returncode == 0
+    assert json.loads(outcome.stdout)["mask"]["turns"] == 48
+
+
+def test_a_proof_that_fails_after_training_keeps_the_training(
+    data_dir: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that are not saved as they were trained: here the file is written with another scale."""
+    write = training.write_artifact
+
+    def spoiled(directory: Path, *, finish: Any, **options: Any) -> None:
+        def spoil(temporary: Path) -> None:
+            settings = json.loads((temporary / "adapter_config.json").read_text())
+            (temporary / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 1}))
+            finish(temporary)
+
+        write(directory, finish=spoil, **options)
+
+    config = write_config(data_dir, model_dir, lora_config=LORA, learning_rate=1e-2, num_epochs=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "write_artifact", spoiled)
+        with pytest.raises(ProofError, match=r"round_trip \(reloaded_differs\): the reloaded model does not compute"):
+            finetune(load_config(config), Listener())
+    run_dir = data_dir / "runs" / "run"
+    assert not (run_dir / "artifact").exists()
+    assert json.loads((run_dir / "proof.json").read_text())["proven"] is False
+    assert json.loads((run_dir / "events.jsonl").read_text().splitlines()[-1])["event"] == "failed"
+    run = resume(run_dir, Listener())  # the bug is fixed: nothing has to be trained again
+    assert json.loads((run.artifact_dir / "proof.json").read_text())["proven"] is True
+
+
+def test_truncated_turns_are_accounted_for(data_dir: Path, model_dir: Path) -> None:
+    proof, _ = check_prompts(load_config(write_config(data_dir, model_dir, context_length=24)))
+    assert proof.proven, proof.message()
+    mask = proof.sections["mask"]
+    assert mask["tokens"]["truncated"] > 0
+    assert mask["turns_cut_off"] > 0
+
+
+def test_merged_logits_are_those_of_transformers(data_dir: Path, model_dir: Path) -> None:
+    """What `round_trip` reports is what plain transformers computes."""
+    run, _ = run_here(data_dir, model_dir, learning_rate=1e-3)
+    record = json.loads((run.artifact_dir / "proof.json").read_text())["trained"]["conversations"][0]
+    ids = torch.tensor([record["input_ids"][: record["probe_tokens"]]])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(run.artifact_dir)(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    ours = torch.tensor(record["log_probs"])
+    theirs = logits.gather(-1, ids[0, 1:, None]).flatten()[-len(ours) :]
+    assert torch.allclose(ours, theirs, atol=1e-4)
