@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import llmforge.export.prove_text as prove_text_module
 import llmforge.train.run as training
 from conftest import CHATML_TEMPLATE, PROMPT_FORMATS, build_tokenizer, conversation_rows, save_model, write_jsonl
 from llmforge.config import load_config
@@ -88,6 +89,8 @@ def test_good_formats_are_proven(name: str, task: Any, tmp_path: Path) -> None:
     parity, mask, stop = (proof.sections[section] for section in ("parity", "mask", "stop"))
     assert parity["prompts"] > 350
     assert parity["differences"] == 0
+    assert parity["targets"] == ["chat_template", "ollama"]
+    assert parity["prompts_by_ollama"] > 60
     tokens = mask["tokens"]
     assert tokens["pad"] > 0
     assert tokens["truncated"] == 0
@@ -95,6 +98,21 @@ def test_good_formats_are_proven(name: str, task: Any, tmp_path: Path) -> None:
         assert mask["turns"] == mask["turns_exact"] == stop["turns"] == stop["end_in_stop_token"] == 13
         assert tokens["end of turn"] >= 13
         assert tokens["prompt"] > tokens["trained"] > 13
+
+
+def test_a_modelfile_that_renders_otherwise_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler with a bug: the TEMPLATE lacks the line break behind the end of a turn."""
+    compiled = prove_text_module.compile_to_go_template
+    monkeypatch.setattr(
+        prove_text_module,
+        "compile_to_go_template",
+        lambda format: compiled(format).replace("<|im_end|>\\n", "<|im_end|>"),
+    )
+    failure = only_failure(
+        text_proof(tmp_path, PromptFormat(**PROMPT_FORMATS["chatml"]), build_tokenizer(eos="<|im_end|>"))
+    )
+    assert (failure["check"], failure["code"]) == ("parity", "ollama_differs")
+    assert "trained on: " in failure["message"]
 
 
 def test_every_token_of_a_row_has_its_reason(chatml: Any, tmp_path: Path) -> None:

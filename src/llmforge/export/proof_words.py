@@ -25,6 +25,11 @@ def _lines(proof: Proof) -> Iterator[str]:
             f"{parity['random_conversations']:,} random conversations) have the same token ids in training and in "
             f"serving ({', '.join(parity['targets'])})"
         )
+        if "prompts_by_ollama" in parity:
+            yield (
+                f"parity: {parity['prompts_by_ollama']:,} of them were rendered by Go with the TEMPLATE that Ollama is "
+                "given, too"
+            )
     if mask is not None and "mask" not in failed and mask["turns"]:
         yield (
             f"mask: of {mask['turns']:,} trained turns in {mask['rows']:,} rows exactly what the model has to produce "

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 
 from llmforge.data.samples import Sample
-from llmforge.errors import ConversationError
+from llmforge.errors import ConversationError, PromptFormatError
+from llmforge.export.go import find_go, render_go
 from llmforge.export.proof import SEED, Proof
 from llmforge.models.load import load_tokenizer
 from llmforge.models.source import ModelSource
-from llmforge.prompt import Encoder, StopRules
+from llmforge.prompt import Encoder, Message, PromptFormat, StopRules
 from llmforge.prompt.adversary import TEXTS, random_conversations
 from llmforge.prompt.certificate import Certificate, Certifier, Finding
 from llmforge.prompt.encoder import Trained
+from llmforge.prompt.go_template import changed_by_ollama, compile_to_go_template
 from llmforge.prompt.served import Served, side_by_side
 from llmforge.tasks import LanguageModeling
 
@@ -67,6 +69,7 @@ def prove_text(
     served = Served(tokenizer)
     certifier = Certifier(served, encoder.format, stop, task.trained, context_length)
     examined = 0
+    asked: list[Sequence[Message]] = []
     for together in _batched(rows, ROWS_PER_BATCH):
         examined += len(together)
         weights = iter(_batch_weights(task, together, certifier.certificate))
@@ -75,14 +78,24 @@ def prove_text(
                 certifier.check_bos(sample, row.place)
             own = [next(weights) for _ in row.samples]
             certifier.examine(row.content, row.samples, row.place, batch_weights=own, dropped=row.dropped)
+            asked += _prompts(row.content)
     certificate = certifier.certificate
     proof = Proof(findings=list(certificate.findings))
 
     adversary = Certifier(served, encoder.format, stop, task.trained)
-    refused = _prove_random(encoder, adversary, task.trained)
+    drawn = _draw(encoder)
+    refused = _prove_random(encoder, adversary, task.trained, drawn)
     # In a pass-through format the data write the end of a turn, and random conversations know nothing of that.
     proof.findings += [finding for finding in adversary.certificate.findings if finding.check != "stop"]
     proof.findings += _generation_findings(directory, stop)
+    targets = ["chat_template"]
+    by_ollama = None
+    agrees = not any(finding.check == "parity" for finding in proof.findings)  # else all targets differ alike
+    if agrees and isinstance(encoder.format, PromptFormat) and find_go() is not None:
+        asked += [messages for messages in drawn if messages[-1]["role"] != "assistant"]
+        by_ollama = _prove_modelfile(proof, encoder, served, encoder.format, asked)
+    if by_ollama is not None:
+        targets.append("ollama")
 
     proof.sections["parity"] = {
         "rows": examined,
@@ -91,7 +104,8 @@ def prove_text(
         "prompts": certificate.prompts + adversary.certificate.prompts,
         "prompt_tokens": certificate.prompt_tokens + adversary.certificate.prompt_tokens,
         "differences": sum(finding.check == "parity" for finding in proof.findings),
-        "targets": ["chat_template"],
+        "targets": targets,
+        **({} if by_ollama is None else {"prompts_by_ollama": by_ollama}),
     }
     proof.sections["mask"] = {
         "rows": certificate.rows,
@@ -139,15 +153,18 @@ def _batch_weights(task: LanguageModeling, rows: Sequence[Row], certificate: Cer
     return weights
 
 
-def _prove_random(encoder: Encoder, certifier: Certifier, trained: Trained) -> int:
-    """Compare prompts and samples of random conversations; return how many both sides refuse."""
-    refused = 0
+def _draw(encoder: Encoder) -> list[list[Message]]:
     texts = (*TEXTS, *encoder.tokenizer.all_special_tokens)
-    drawn = [
+    return [
         messages
         for orderly in (True, False)
         for messages in random_conversations(RANDOM_CONVERSATIONS // 2, SEED, texts=texts, orderly=orderly)
     ]
+
+
+def _prove_random(encoder: Encoder, certifier: Certifier, trained: Trained, drawn: Sequence[Sequence[Message]]) -> int:
+    """Compare prompts and samples of random conversations; return how many both sides refuse."""
+    refused = 0
     for number, messages in enumerate(drawn):
         place = f"random conversation {number}"
         try:
@@ -161,6 +178,53 @@ def _prove_random(encoder: Encoder, certifier: Certifier, trained: Trained) -> i
             if not isinstance(samples, ConversationError):
                 certifier.examine({"messages": messages}, samples, place)
     return refused
+
+
+def _prompts(row: Mapping[str, Any]) -> list[list[Message]]:
+    """Give what a server is asked before each answer of a row."""
+    messages = row.get("messages") or []
+    return [
+        list(messages[:index])
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant" and index and messages[index - 1]["role"] != "assistant"
+    ]
+
+
+def _prove_modelfile(
+    proof: Proof, encoder: Encoder, served: Served, format: PromptFormat, asked: Sequence[Sequence[Message]]
+) -> int | None:
+    """Let Go render prompts with the TEMPLATE that Ollama would be given, and compare their token ids with training's.
+
+    Conversations that Ollama rewrites before any template sees them are left out, and so is what training refuses.
+
+    Returns:
+        How many were compared; None where Go is installed but does not run.
+    """
+    trained: list[list[int]] = []
+    conversations: list[Sequence[Message]] = []
+    for messages in asked:
+        if changed_by_ollama(messages) is None:
+            try:
+                trained.append(encoder.encode_prompt(messages))
+            except ConversationError:
+                continue
+            conversations.append(messages)
+    try:
+        texts = render_go(compile_to_go_template(format), conversations)
+    except PromptFormatError as error:
+        proof.remarks.append(f"the Modelfile's TEMPLATE was not compared: {error}")
+        return None
+    for ids, text in zip(trained, texts or (), strict=True):
+        if isinstance(text, ConversationError):
+            proof.findings.append(
+                Finding("parity", "refused_by_ollama", f"the Modelfile's TEMPLATE refuses what was trained on: {text}")
+            )
+        elif (by_ollama := served.encode(text)) != ids:
+            shown = side_by_side(ids, by_ollama, served.decode)
+            proof.findings.append(
+                Finding("parity", "ollama_differs", f"Ollama's prompt has other token ids than training's: {shown}")
+            )
+    return len(conversations)
 
 
 def _generation_findings(directory: Path, stop: StopRules) -> list[Finding]:

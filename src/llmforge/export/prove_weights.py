@@ -16,6 +16,7 @@ from llmforge.export.prove_text import text_hashes
 from llmforge.export.round_trip import Agreement, Autocast, Reference, log_prob_difference, measure
 from llmforge.models.adapter import merge
 from llmforge.models.device import Dtype
+from llmforge.models.merge import servability
 from llmforge.models.source import ADAPTER_WEIGHTS
 from llmforge.models.trained import is_adapter, load_trained_model
 from llmforge.prompt import Encoder, Message, StopRules
@@ -162,6 +163,9 @@ def prove_weights(
     section["probes"] = len(reference.probes)
     if not is_adapter(directory):
         return proof
+    unservable = servability(directory)
+    section["adapter_can_be_served"] = not unservable
+    proof.remarks += unservable
     with model.disable_adapter():
         effect = reference.agreement(run())
     section["effect_of_training"] = {"kl": effect.figures()["kl"]}
