@@ -6,6 +6,7 @@ What can be wrong is found here, in the order of what it costs to find out.
 import itertools
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,6 +73,7 @@ class Preparation:
     total_steps: int
     rows_to_prove: Sequence[Row]
     text_proof: Proof
+    proof_seconds: float
 
     @property
     def embedding_rows(self) -> int | None:
@@ -171,6 +173,7 @@ def prepare_run(
         )
     if unrolled := describe_unrolled(train_rows, encoder):
         reporter.note(unrolled)
+    began = time.perf_counter()
     rows_to_prove = [
         row
         for split, paths in ((valid, valid_files), (train, files))
@@ -188,6 +191,7 @@ def prepare_run(
             context_length=context_length,
             trust_remote_code=config.trust_remote_code,
         )
+    proof_seconds = time.perf_counter() - began
     _judge(text_proof, encoder, reporter, allow_unproven)
     return Preparation(
         config=resolved,
@@ -206,6 +210,7 @@ def prepare_run(
         total_steps=total_steps,
         rows_to_prove=rows_to_prove,
         text_proof=text_proof,
+        proof_seconds=proof_seconds,
     )
 
 

@@ -219,6 +219,7 @@ def run(
     if best.step != last_step:
         load_checkpoint(best, model=model, optimizer=None)
     native = preparation.facts.native_context_length or LONGEST_PROBE
+    began = time.perf_counter()
     recording = record(
         model,
         encoder=preparation.encoder,
@@ -228,6 +229,7 @@ def run(
         device=preparation.device,
         autocast=forward_context,
     )
+    proof_seconds = preparation.proof_seconds + time.perf_counter() - began
     base_model = _base_model_name(preparation)
     result: Result | None = None
 
@@ -236,7 +238,8 @@ def run(
         del model, optimizer  # the proof loads the artifact, and two models may not fit
         began = time.perf_counter()
         proof = _prove(preparation, directory, recording, task)
-        reporter.event("proof", proven=proof.proven, **proof.sections, seconds=time.perf_counter() - began)
+        seconds = proof_seconds + time.perf_counter() - began
+        reporter.event("proof", proven=proof.proven, **proof.sections, seconds=seconds)
         for remark in proof.remarks:
             reporter.note(remark)
         text = proof.to_json(
