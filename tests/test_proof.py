@@ -20,6 +20,7 @@ from llmforge.errors import PromptFormatError, ProofError
 from llmforge.export.artifact import build_generation_config, write_text_side
 from llmforge.export.proof import Proof
 from llmforge.export.prove_text import Row, prove_text
+from llmforge.jobs.export import export
 from llmforge.jobs.finetune import finetune, resume
 from llmforge.jobs.prove import check_prompts, prove
 from llmforge.prompt import ChatTemplate, Encoder, Format, PromptFormat, StopRules
@@ -312,6 +313,29 @@ class TestARun:
         rows = write_jsonl(artifact.parent / "x.jsonl", conversation_rows(7, seed=5))
         assert prove(artifact, data=[str(rows)]).proof.sections["parity"]["rows"] == 7
         assert json.loads((artifact / "proof.json").read_text())["trained"]["conversations"]
+
+    @pytest.mark.parametrize("dtype", [None, "bf16"])
+    def test_its_merged_export_is_proven_against_the_same_record(
+        self, run: Path, tmp_path: Path, dtype: str | None
+    ) -> None:
+        export(run, format="merged", to=tmp_path / "merged", dtype=dtype)
+        assert json.loads((tmp_path / "merged" / "proof.json").read_text())["proven"] is None  # not yet
+        proof = prove(tmp_path / "merged").proof
+        assert proof.proven, proof.message()
+        difference = proof.sections["round_trip"]["recorded"]["mean_difference"]
+        assert difference < 1e-5 if dtype is None else 1e-5 < difference < 0.05
+        path = tmp_path / "merged" / "model.safetensors"
+        tensors = load_file(path)
+        name = next(name for name in tensors if name.endswith("q_proj.weight"))
+        save_file({**tensors, name: -tensors[name]}, path, metadata={"format": "pt"})
+        assert [failure["code"] for failure in prove(tmp_path / "merged").proof.failures()] == ["record_differs"]
+
+    def test_a_template_that_does_not_render_any_more_is_caught(self, artifact: Path) -> None:
+        path = artifact / "chat_template.jinja"
+        path.write_text(path.read_text().replace("<|im_start|>' + message", "<|im_start|> ' + message"))
+        assert path.read_text().count("<|im_start|> ")
+        codes = [failure["code"] for failure in prove(artifact).proof.failures()]
+        assert sorted(codes) == ["edited", "unusable"]
 
     def test_a_template_that_is_edited_afterwards_is_caught(self, artifact: Path) -> None:
         path = artifact / "chat_template.jinja"

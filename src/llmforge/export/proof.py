@@ -22,6 +22,7 @@ from llmforge.prompt.certificate import Finding
 FILE_NAME = "proof.json"
 VERSION = 1
 SEED = 20_240  # of the random conversations: everybody's are the same
+_RECORDED = {"task", "dtype", "is_adapter", "stop", "files", "conversations"}
 
 
 @dataclass
@@ -71,6 +72,14 @@ class Proof:
         return re.sub(r"\[\s+([-+.,\de\s]*?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"
 
 
+def unproven_record(artifact: Path) -> str | None:
+    """Write a `proof.json` for what is made of an artifact: the record of its training, against which to prove it."""
+    record = read_record(artifact)
+    if record is None:
+        return None
+    return json.dumps({"version": VERSION, "proven": None, "trained": record}, ensure_ascii=False, indent=1) + "\n"
+
+
 def read_record(artifact: Path) -> dict[str, Any] | None:
     """Read what `proof.json` keeps of training; None where there is no such file, or nothing in it.
 
@@ -81,6 +90,9 @@ def read_record(artifact: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("trained")
-    except (ValueError, AttributeError) as error:
+        record = json.loads(path.read_text(encoding="utf-8")).get("trained")
+        if record is not None and (missing := _RECORDED - set(record)):
+            raise ValueError(f"trained lacks {', '.join(sorted(missing))}")
+    except (ValueError, AttributeError, TypeError) as error:
         raise ModelError(f"{path} is damaged ({error}); remove it to prove the artifact without it") from error
+    return record

@@ -42,10 +42,10 @@ def _lines(proof: Proof) -> Iterator[str]:
         )
     if weights is None or "round_trip" in failed:
         return
-    for name, words in (("reloaded", "the artifact, loaded again"), ("merged", "the merged model")):
+    for name, words in (("reloaded", "the artifact, loaded again,"), ("merged", "the merged model")):
         if name in weights:
             yield (
-                f"round trip: {words}, is {weights[name]['kl']:.2g} nats from the trained model "
+                f"round trip: {words} is {weights[name]['kl']:.2g} nats from the trained model "
                 f"(log-probabilities {weights[name]['mean_difference']:.2g} apart on average, "
                 f"{weights[name]['max_difference']:.2g} at most; {weights['dtype']})"
             )

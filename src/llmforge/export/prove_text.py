@@ -277,8 +277,8 @@ def text_hashes(directory: Path) -> dict[str, str]:
     }
 
 
-def prove_record(directory: Path, trained: Mapping[str, Any], encoder: Encoder, stop: StopRules) -> list[Finding]:
-    """Compare the text side of an artifact with the record of its training: nothing was edited since."""
+def edited_files(directory: Path, trained: Mapping[str, Any]) -> list[Finding]:
+    """Name the files of an artifact's text side that are not those of its training any more."""
     findings: list[Finding] = []
     now = text_hashes(directory)
     for name, before in trained["files"].items():
@@ -287,6 +287,12 @@ def prove_record(directory: Path, trained: Mapping[str, Any], encoder: Encoder, 
             findings.append(
                 Finding("parity", "edited", f"{name} {what} since training: what is served is not what was trained")
             )
+    return findings
+
+
+def prove_record(directory: Path, trained: Mapping[str, Any], encoder: Encoder, stop: StopRules) -> list[Finding]:
+    """Compare the text side of an artifact with the record of its training: nothing was edited since."""
+    findings = edited_files(directory, trained)
     if trained["stop"] != json.loads(stop.model_dump_json()):
         findings.append(
             Finding("stop", "edited", f"the stop rules were {trained['stop']} in training, and are {stop.model_dump()}")

@@ -15,7 +15,7 @@ from llmforge.export.proof import SEED, Proof
 from llmforge.export.prove_text import text_hashes
 from llmforge.export.round_trip import Agreement, Autocast, Reference, log_prob_difference, measure
 from llmforge.models.adapter import merge
-from llmforge.models.device import Dtype
+from llmforge.models.device import DTYPES, Dtype
 from llmforge.models.merge import servability
 from llmforge.models.source import ADAPTER_WEIGHTS
 from llmforge.models.trained import is_adapter, load_trained_model
@@ -87,6 +87,7 @@ def training_record(
     return {
         "task": task.name,
         "dtype": dtype,
+        "is_adapter": is_adapter(directory),
         "stop": stop.model_dump(mode="json"),
         "files": text_hashes(directory),
         "conversations": [
@@ -157,7 +158,8 @@ def prove_weights(
     elif trained is not None:
         probes = [example["input_ids"][: example["probe_tokens"]] for example in trained["conversations"]]
         reference = reloaded = run()
-        _compare_record(proof, reloaded, [example["log_probs"] for example in trained["conversations"]], dtype)
+        recorded = [example["log_probs"] for example in trained["conversations"]]
+        _compare_record(proof, reloaded, recorded, _record_tolerance(directory, trained, dtype))
     else:
         reference = reloaded = run()
     section["probes"] = len(reference.probes)
@@ -254,9 +256,19 @@ def _differs(proof: Proof, name: str, agreement: Agreement, tolerance: tuple[flo
     )
 
 
-def _compare_record(proof: Proof, reloaded: Reference, recorded: list[list[float]], dtype: Dtype) -> None:
+def _record_tolerance(directory: Path, trained: Mapping[str, Any], dtype: Dtype) -> float:
+    """Give what log-probabilities may differ by: more where weights were merged, or rounded, since training."""
+    if is_adapter(directory):
+        return TOLERANCE[dtype][1]
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    saved = config.get("dtype") or config.get("torch_dtype")
+    if not trained["is_adapter"] and saved == str(DTYPES[dtype]).removeprefix("torch."):
+        return TOLERANCE[dtype][1]
+    return MERGED_TOLERANCE[dtype if saved == "float32" else "bf16"][1]
+
+
+def _compare_record(proof: Proof, reloaded: Reference, recorded: list[list[float]], allowed: float) -> None:
     mean, largest = log_prob_difference(reloaded, recorded)
-    allowed = TOLERANCE[dtype][1]
     proof.sections["round_trip"]["recorded"] = {
         "mean_difference": float(f"{mean:.4g}"),
         "max_difference": float(f"{largest:.4g}"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmforge.atomic import write_atomically
 from llmforge.config import LoadedConfig, load_config
-from llmforge.errors import ConversationError, DataError, InputError
+from llmforge.errors import ConversationError, DataError, InputError, PromptFormatError
 from llmforge.jobs.run import find_artifact
 from llmforge.jobs.run_directory import RunDirectory
 
@@ -42,12 +42,13 @@ def prove(path: Path, *, data: Sequence[str] = ()) -> Proven:
     import torch
 
     from llmforge.export.proof import FILE_NAME, Proof, read_record
-    from llmforge.export.prove_text import prove_record, prove_text
+    from llmforge.export.prove_text import Row, edited_files, prove_record, prove_text
     from llmforge.export.prove_weights import prove_weights
     from llmforge.models.device import DTYPES, autocast, best_dtype, find_device
     from llmforge.models.load import load_tokenizer
     from llmforge.models.source import ModelSource
     from llmforge.prompt import load_format
+    from llmforge.prompt.certificate import Finding
     from llmforge.tasks import TASKS
 
     artifact = find_artifact(path)
@@ -58,9 +59,15 @@ def prove(path: Path, *, data: Sequence[str] = ()) -> Proven:
     encoder, stop = load_format(artifact, tokenizer)
     task_name = record["task"] if record is not None else (config.task if config else None) or "instruction_tuning"
     task = TASKS[task_name](pad_token_id=tokenizer.pad_token_id or 0, pad_to=None, keeps_logits=False)
-    rows = list(_rows(data, config, encoder, task))
-    text = prove_text(artifact, encoder=encoder, stop=stop, task=task, rows=rows, trust_remote_code=trust)
-    findings = [] if record is None else prove_record(artifact, record, encoder, stop)
+    findings: list[Finding] = []
+    rows: list[Row] = []
+    try:
+        findings += [] if record is None else prove_record(artifact, record, encoder, stop)
+        rows += _rows(data, config, encoder, task)
+        text = prove_text(artifact, encoder=encoder, stop=stop, task=task, rows=rows, trust_remote_code=trust)
+    except PromptFormatError as error:
+        text = Proof(findings=[Finding("parity", "unusable", f"the artifact's format cannot be used: {error}")])
+        findings += [] if record is None else edited_files(artifact, record)
 
     device = find_device()
     dtype = record["dtype"] if record is not None else best_dtype(device)[0]

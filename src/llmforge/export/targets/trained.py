@@ -16,6 +16,8 @@ from llmforge.atomic import write_atomically
 from llmforge.errors import PromptFormatError
 from llmforge.export.artifact import stop_strings
 from llmforge.export.card import merged_card
+from llmforge.export.proof import FILE_NAME as PROOF
+from llmforge.export.proof import unproven_record
 from llmforge.models.load import as_plain_directory, load_tokenizer, quiet
 from llmforge.models.merge import INDEX, merge_adapter
 from llmforge.models.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelSource, check_weights
@@ -25,7 +27,7 @@ from llmforge.prompt.infer import infer_format
 
 CARD, SENTENCEPIECE = "README.md", "tokenizer.model"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_OF_THE_ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "proof.json")  # what a merged model no longer is
+_OF_THE_ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROOF)  # what a merged model no longer is
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Trained:
         For some architectures both converters read SentencePiece's own file, which transformers no longer saves.
         """
         self.write_merged(directory)
+        (directory / PROOF).unlink(missing_ok=True)  # of other files than these will be
         original = self.base_model().directory / SENTENCEPIECE if self.is_adapter else self.artifact / SENTENCEPIECE
         if original.is_file():
             shutil.copyfile(original, directory / SENTENCEPIECE)
@@ -148,6 +151,8 @@ class Trained:
         for path in sorted(self.artifact.iterdir()):
             if path.is_file() and path.suffix != ".safetensors" and path.name not in _OF_THE_ADAPTER:
                 shutil.copyfile(path, directory / path.name)
+        if (record := unproven_record(self.artifact)) is not None:
+            write_atomically(directory / PROOF, record)
 
 
 def as_yaml_comment(lines: Sequence[str]) -> str:
