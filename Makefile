@@ -14,11 +14,12 @@ export LLMFORGE_TOKENIZERS ?= $(CURDIR)/$(CACHE)/tokenizers
 export LLMFORGE_REAL_MODEL ?= $(CURDIR)/$(MODEL)
 export LLMFORGE_CONVERTER ?= $(CURDIR)/$(CACHE)/llama-cpp
 
-.PHONY: help quickstart test check lint types contracts install install-dev install-model install-tokenizers install-converter clean
+.PHONY: help quickstart test sweep check lint types contracts install install-dev install-model install-tokenizers install-converter clean
 
 help:
 	@echo "make quickstart   fine-tune a real 135M model on the CPU and talk with it (some minutes)"
 	@echo "make test         run the tests"
+	@echo "make sweep        try every architecture of transformers, and write docs/models.md (10 minutes)"
 	@echo "make check        lint, types, import contracts and tests"
 	@echo "make install-dev  virtual environment with everything for development"
 
@@ -27,6 +28,9 @@ quickstart: install $(MODEL)
 
 test: install-dev $(MODEL) install-tokenizers install-converter
 	$(RUN) -m pytest -n 2
+
+sweep: install-dev
+	PYTHONPATH=tests $(RUN) -m sweep
 
 check: lint types contracts test
 

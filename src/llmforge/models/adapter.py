@@ -1,14 +1,17 @@
 """LoRA through PEFT: which modules it reaches, new and continued adapters, merging."""
 
+import inspect
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -43,6 +46,7 @@ def add_lora(model: Any, options: Mapping[str, Any]) -> Any:
     for key in ("target_modules", "modules_to_save", "exclude_modules"):
         _check_names(model, fields.get(key) or None, key)
     fields["ensure_weight_tying"] = _ensures_tying(model, fields)
+    fields["exclude_modules"] = _exclude(fields.get("exclude_modules"), left_out(model, fields))
     unfit = _unfit_modules(model, fields.get("target_modules"))  # looked for before PEFT changes the model
     adaptable = ", ".join(adaptable_modules(model))
     with quiet():
@@ -57,6 +61,44 @@ def add_lora(model: Any, options: Mapping[str, Any]) -> Any:
         if parameter.requires_grad:  # PEFT leaves modules_to_save and biases as they are; bf16 swallows small updates
             parameter.data = parameter.data.float()
     return adapted
+
+
+def left_out(model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, str]:
+    """Name the modules that `all-linear` would adapt and LoRA cannot, each with the reason; `add_lora` excludes them.
+
+    PEFT takes every `nn.Linear`. Some of them are linear in name only: a router that returns a tuple, a layer that
+    works in groups. Of others the model's code reads the weight and never calls the layer, so that an adapter there
+    changes nothing and gets no gradient: Mamba's kernels do so, where they are installed
+    (https://github.com/huggingface/peft/pull/2610 refuses some of those architectures).
+
+    Modules that the options name one by one, or exclude already, are not among them.
+    """
+    if str(options.get("target_modules")).lower() != "all-linear":
+        return {}
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or matches(options.get("exclude_modules"), name):
+            continue
+        parent, _, last = name.rpartition(".")
+        owner: Any = type(model.get_submodule(parent))
+        if not _computes_linear(module):
+            found[name] = f"{type(module).__name__} computes something else than a matrix product"
+        elif _reads_weight(owner, last):
+            found[name] = f"{owner.__name__} reads its weight without calling it"
+    head = model.get_output_embeddings() if isinstance(model, transformers.PreTrainedModel) else None
+    return {name: why for name, why in found.items() if model.get_submodule(name) is not head}  # PEFT leaves it out
+
+
+def describe_left_out(modules: Mapping[str, str]) -> str | None:
+    """Tell the user in one sentence which modules `all-linear` leaves out; None where it is none."""
+    if not modules:
+        return None
+    kinds: dict[tuple[str, str], int] = {}
+    for name, why in modules.items():
+        key = (name.rpartition(".")[2], why)
+        kinds[key] = kinds.get(key, 0) + 1
+    listed = "; ".join(f"{last} ({count}×: {why})" for (last, why), count in kinds.items())
+    return f"all-linear leaves out modules that LoRA cannot adapt: {listed}"
 
 
 def check_continuation(model: Any, directory: Path) -> None:
@@ -218,6 +260,38 @@ def _ensures_tying(model: Any, fields: Mapping[str, Any]) -> bool:
             "name the embedding in modules_to_save instead"
         )
     return not adapted and any(matches(fields.get("modules_to_save"), name) for name in names)
+
+
+def _exclude(given: str | Sequence[str] | None, names: Mapping[str, str]) -> str | list[str] | None:
+    """Add modules to what the user excludes, a pattern or a list of names."""
+    if not names:
+        return given if given is None or isinstance(given, str) else list(given)
+    if isinstance(given, str):
+        return "|".join([f"(?:{given})", *map(re.escape, names)])
+    return [*(given or ()), *names]
+
+
+def _computes_linear(module: torch.nn.Linear) -> bool:
+    """Say whether a linear layer gives what PEFT adds to: one tensor, of as many features as it declares."""
+    if type(module).forward is torch.nn.Linear.forward or not module.weight.is_floating_point():
+        return True  # quantised layers are PEFT's to know
+    input_BC = torch.zeros(2, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            output = module(input_BC)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(output, torch.Tensor) and output.shape == (2, module.out_features)
+
+
+@cache
+def _reads_weight(parent: Any, name: str) -> bool:
+    """Say whether the code of a module's class computes with the weight of a child instead of calling the child."""
+    try:
+        code = inspect.getsource(parent)
+    except (OSError, TypeError):
+        return False
+    return re.search(rf"\bself\.{name}\.weight\b(?!\.(dtype|device|shape|ndim|size|data\b))", code) is not None
 
 
 def _check_names(model: torch.nn.Module, targets: str | Sequence[str] | None, key: str) -> None:

@@ -29,7 +29,15 @@ from llmforge.export.proof import FILE_NAME as PROOF
 from llmforge.export.proof import Proof
 from llmforge.export.prove_text import prove_text
 from llmforge.export.prove_weights import LONGEST_PROBE, Recording, prove_weights, record, training_record
-from llmforge.models.adapter import add_lora, check_continuation, load_adapter, starting_point
+from llmforge.models.adapter import (
+    add_lora,
+    check_continuation,
+    describe_left_out,
+    left_out,
+    load_adapter,
+    starting_point,
+)
+from llmforge.models.causality import check_causal
 from llmforge.models.device import DTYPES, autocast, device_name
 from llmforge.models.load import (
     build_skeleton,
@@ -114,6 +122,9 @@ def run(
     model, start = _load_model(preparation, reporter)
     backend = SingleDevice(preparation.device)
     model = backend.prepare(model)
+    forward_context = autocast(preparation.device, config.speed.dtype)
+    with forward_context():
+        check_causal(model)
     parameters, trainable = count_parameters(model)
     tokenizer = preparation.encoder.tokenizer
     task = preparation.task(
@@ -133,7 +144,6 @@ def run(
     last_step, steps_per_epoch = preparation.total_steps, preparation.plan.steps_per_epoch
     if config.speed.torch_compile is not None:
         model.compile(**config.speed.torch_compile)
-    forward_context = autocast(preparation.device, config.speed.dtype)
     data = preparation.train.dataset
 
     statistics = preparation.train.prepared.statistics
@@ -338,6 +348,9 @@ def _load_model(preparation: Preparation, reporter: Reporter) -> tuple[Any, dict
     if config.adapter is None:
         return model, {}
     options = train_new_rows(model, config.adapter.options, new_rows)
+    untouched = describe_left_out(left_out(model, options))
+    if untouched:
+        reporter.note(untouched)
     if preparation.adapter is not None:  # it belongs to the base weights as they are, however it once began
         model = add_lora(model, {**options, "init_lora_weights": True})
         load_adapter(model, preparation.adapter)

@@ -1,0 +1,1 @@
+"""Every causal language model of transformers, small, through the product's own path: `make sweep`."""
