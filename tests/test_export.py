@@ -175,6 +175,21 @@ def test_nothing_is_overwritten(adapter, tmp_path):
     assert "config.json" in export(adapter, "merged", tmp_path / "empty").files
 
 
+def test_no_place_in_the_model_that_is_exported(adapter):
+    before = tree(adapter)
+    for place in (adapter, adapter / "merged", adapter / "x" / ".." / "merged"):
+        with pytest.raises(InputError, match="lies in the model that is exported"):
+            export(adapter, "merged", place)
+    assert tree(adapter) == before
+
+
+def test_a_place_below_a_file_is_named(adapter, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    done = command("export", adapter, "--format", "adapter", "--to", tmp_path / "file" / "out")
+    assert done.returncode == 2
+    assert "a part of the path is a file; give a place below directories" in " ".join(done.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [

@@ -97,7 +97,7 @@ def output_error(error: OSError, path: Path) -> OutputError:
             f"{path} is not writable for this user; change its permissions or set output_dir to another place"
         )
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return OutputError(f"{path} cannot be created: a part of the path is a file; set output_dir to a directory")
+        return OutputError(f"{path} cannot be created: a part of the path is a file; give a place below directories")
     return OutputError(f"{path} cannot be written to ({error.strerror}); set output_dir to another place")
 
 

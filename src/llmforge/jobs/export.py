@@ -39,6 +39,8 @@ def export(run: Path, format: str, to: Path, *, dtype: str | None = None, name: 
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"given --dtype {dtype}; allowed are {', '.join(DTYPES)}")
     artifact = find_artifact(run)
+    if to.resolve().is_relative_to(artifact.resolve()):
+        raise InputError(f"{to} lies in the model that is exported, {artifact}; give a place outside it as --to")
     directory = run.resolve()
     options = {"cache_dir": Path(derive.cache_dir().value), "name": safe_name(name or directory.name)}
     parent = artifact.resolve().parent
