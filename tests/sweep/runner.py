@@ -31,13 +31,17 @@ STAGES: tuple[tuple[str, Callable[..., None]], ...] = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """How far an architecture came: the stage that failed, None where all passed, and why; llmforge's notes."""
+    """How far an architecture came: the stage that failed, None where all passed, and why; llmforge's notes.
+
+    `no_answers` says why plain transformers cannot generate with what it trains, where that is so.
+    """
 
     model_type: str
     stage: str | None
     why: str
     notes: tuple[str, ...]
     seconds: float
+    no_answers: str = ""
 
 
 def sweep(model_types: Sequence[str], tokenizer: Path, *, processes: int = 2) -> Iterator[Outcome]:
@@ -62,7 +66,9 @@ def sweep(model_types: Sequence[str], tokenizer: Path, *, processes: int = 2) ->
             stage, why = json.loads(found.read_text()) if found.is_file() else ("the sweep", "its process died")
             notes = place / "lora.notes"
             heard = tuple(json.loads(notes.read_text())) if notes.is_file() else ()
-            yield Outcome(model_type, stage, why, heard, time.monotonic() - began)
+            mute = place / probe.NO_ANSWERS
+            no_answers = mute.read_text()[:400] if mute.is_file() else ""
+            yield Outcome(model_type, stage, why, heard, time.monotonic() - began, no_answers)
             shutil.rmtree(place)
 
 

@@ -19,12 +19,13 @@ FILLED = {
 }
 # What no rule can know, each with its reason.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},  # without attention, its cache cannot count
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},  # names layers
     # Its default has no rotary parameters.
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    # The head of its layers with a window is the sum of these two.
+    "dots3_note_text": {"per_layer_config": {"1": {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8}}},
     "falcon_h1": {"mamba_d_ssm": 64},  # its heads have 8 dimensions
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},  # checked by its config
-    "gemma4_unified_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},  # the same
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},  # open in its default
     "mamba2": {"num_heads": 8, "head_dim": 16},  # Mamba's heads, under the names of attention's
     "qwen4_exp_text": {  # open in its default
@@ -52,6 +53,7 @@ RULES: tuple[tuple[str, int], ...] = (
     (r"first_k_dense_replace|moe_layer_start_index|num_dense_layers|n_dense_layers|first_.*dense.*", 1),
     (r"(num|n)_(hidden_|encoder_|decoder_)?layers?|num_.*blocks|.*_layers|n_layer|num_layers|depth", LAYERS),
     (r"n_group|topk_group|num_expert_group|n_groups|mamba_n_groups|num_groups", 1),
+    (r"index(er)?_topk", 64),  # a whole short row: which of two equal keys is taken would depend on the padding
     (r"num_experts_per_tok(en)?|(moe_)?top_?k(_experts)?|num_selected_experts|experts_top_k|moe_k|.*topk.*", 2),
     (r".*shared_experts?", 1),
     (r"(num|n)_.*experts.*|num_local_experts|moe_num_experts|zero_expert_num", 4),

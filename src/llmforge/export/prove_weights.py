@@ -10,14 +10,15 @@ import torch
 from safetensors import safe_open
 
 from llmforge.data.samples import Sample
-from llmforge.errors import ConversationError, LlmforgeError
+from llmforge.errors import ConversationError, LlmforgeError, ModelError
 from llmforge.export.proof import SEED, Proof
 from llmforge.export.prove_text import text_hashes
 from llmforge.export.round_trip import Agreement, Autocast, Reference, log_prob_difference, measure
-from llmforge.models.adapter import merge
+from llmforge.models.adapter import is_tied, merge
 from llmforge.models.device import DTYPES, Dtype
+from llmforge.models.load import UNREADABLE, build_skeleton
 from llmforge.models.merge import servability
-from llmforge.models.source import ADAPTER_WEIGHTS
+from llmforge.models.source import ADAPTER_WEIGHTS, ModelSource
 from llmforge.models.trained import is_adapter, load_trained_model
 from llmforge.prompt import Encoder, Message, StopRules
 from llmforge.prompt.adversary import random_conversations
@@ -213,7 +214,7 @@ def weight_findings(directory: Path) -> list[Finding]:
                 if name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight")):
                     found[name] = file.get_tensor(name)
     embeddings = list(found.values())
-    if all(torch.equal(embeddings[0], other) for other in embeddings[1:]):
+    if all(torch.equal(embeddings[0], other) for other in embeddings[1:]) or not _ties_embeddings(directory):
         return []
     return [
         Finding(
@@ -223,6 +224,14 @@ def weight_findings(directory: Path) -> list[Finding]:
             "tie_word_embeddings: true, so that one of them is lost on loading. Set it to false",
         )
     ]
+
+
+def _ties_embeddings(directory: Path) -> bool:
+    """Say whether a model becomes one with tied embeddings on loading; some architectures never do, whatever is set."""
+    try:
+        return is_tied(build_skeleton(ModelSource(str(directory), directory)))
+    except (ModelError, *UNREADABLE):  # one with code of its own, which is not run for this
+        return True
 
 
 def tensor_names(paths: Sequence[Path]) -> list[str]:
