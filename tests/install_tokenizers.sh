@@ -8,7 +8,7 @@ version=3.7.2
 target=${1:-$(dirname "$0")/../.cache/tokenizers}
 
 missing=""
-for name in llama3 llama3_1 gemma3 qwen3; do
+for name in llama2 llama3 llama3_1 gemma gemma2 gemma3 qwen2_5 qwen3 yi mistral_nemo command_r_plus; do
     [ -f "$target/$name/tokenizer.json" ] || missing="$missing $name"
 done
 if [ -z "$missing" ]; then

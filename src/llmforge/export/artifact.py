@@ -13,7 +13,7 @@ from safetensors import safe_open
 from llmforge.atomic import atomic_directory
 from llmforge.errors import InputError, RunError
 from llmforge.models.adapter import subtract_starting_point
-from llmforge.models.load import quiet
+from llmforge.models.load import quiet, save_tokenizer
 from llmforge.models.source import ADAPTER_WEIGHTS
 from llmforge.prompt import Encoder, StopRules, chat_template_of, save_format
 
@@ -147,7 +147,7 @@ def _save_tokenizer(directory: Path, encoder: Encoder) -> None:
     own = tokenizer.chat_template
     try:
         tokenizer.chat_template = chat_template_of(encoder.format)
-        tokenizer.save_pretrained(directory)
+        save_tokenizer(tokenizer, directory)
     finally:
         tokenizer.chat_template = own
 

@@ -16,7 +16,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from llmforge.atomic import atomic_directory
+from llmforge.atomic import atomic_directory, write_atomically
 from llmforge.errors import ModelError
 from llmforge.models.source import ModelSource
 
@@ -71,6 +71,22 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
             raise ModelError(
                 f"the tokenizer of {source.name} cannot be read ({reason(error)}); copy or download its files again"
             ) from error
+
+
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Save a tokenizer so that it is the same when it is loaded again.
+
+    Llama's saves no `legacy`, and takes the opposite value when it is loaded without: text behind a special token then
+    loses the space that SentencePiece put there (https://github.com/huggingface/transformers/pull/24565), and the
+    model is fed ids it was not trained on.
+    """
+    with quiet():
+        tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    legacy = getattr(tokenizer, "legacy", None)
+    if legacy is not None and settings.get("legacy") != legacy:
+        write_atomically(path, json.dumps({**settings, "legacy": legacy}, indent=2, ensure_ascii=False) + "\n")
 
 
 def _read_config(source: ModelSource, trust_remote_code: bool) -> Any:
@@ -162,7 +178,7 @@ def as_plain_directory(source: ModelSource, cache_dir: Path) -> ModelSource:
                     "a directory"
                 ) from error
             model.save_pretrained(temporary)
-            load_tokenizer(source).save_pretrained(temporary)
+            save_tokenizer(load_tokenizer(source), temporary)
     return ModelSource(source.name, directory, converted_from=source.path)
 
 

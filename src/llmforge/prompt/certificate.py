@@ -249,7 +249,9 @@ class Certifier:
         self.certificate.whole_turns += 1
         is_exact = self._text_behind(prompt_ids, completion) == turn.completion
         self.certificate.exact_turns += is_exact
-        if not is_exact and not joins and self._served.encode(turn.completion) != completion:
+        # Some tokenizers write a space behind every special token: what is kept is what they make of the text alone.
+        own = self._served.decode(self._served.encode(turn.completion))
+        if not is_exact and not joins and self._text_behind(prompt_ids, completion).strip(" ") != own.strip(" "):
             self._find(
                 "mask",
                 "text",

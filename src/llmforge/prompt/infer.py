@@ -481,7 +481,8 @@ def _each_remark(probe: _Probe) -> Iterator[str]:
     elif probe.render([{"role": "system", "content": ""}, *question]) not in (None, probe.render(question)):
         yield "system messages: the template writes an empty one too; a prompt_format leaves it out"
     late = [*question, _message("assistant", 0), _message("system", 0), _message("user", 1)]
-    if probe.takes_system and probe.render(late) is not None:
+    text = probe.render(late) or ""
+    if probe.takes_system and MARKERS["user"][0] in text.partition(MARKERS["system"][0])[0]:
         yield "system messages: one that comes late is written where it stands; a prompt_format moves it to the front"
     if probe.render([*question, _message("user", 1)]) is None:
         yield "turns: the template refuses two messages of a role in a row; a prompt_format writes them"
