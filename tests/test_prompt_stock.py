@@ -8,9 +8,11 @@ import yaml
 import chat_templates
 from conftest import CHATML_TEMPLATE, PROMPT_FORMATS, conversation_rows, save_model, write_jsonl
 from llmforge.config import load_config
-from llmforge.prompt import PromptFormat
+from llmforge.prompt import Encoder, PromptFormat
+from llmforge.prompt.adversary import random_conversations
 from llmforge.prompt.stock import stock_generation_config
 from llmforge.train.prepare import load_encoder, prepare_run
+from test_prompt_real_tokenizers import load
 from tiny_runs import Listener, write_config
 
 CORE = (
@@ -49,6 +51,31 @@ def test_core_models_have_a_format(model_id):
     else:
         expected = WRITTEN[model_id if model_id in WRITTEN else f"{model_id}-v0.1"]
         assert format.render(CONVERSATION) == expected
+
+
+@pytest.mark.real_tokenizers
+@pytest.mark.parametrize(
+    ("name", "model_id"),
+    [
+        ("llama3", "meta-llama/Meta-Llama-3-8B-Instruct"),
+        ("llama3_1", "meta-llama/Meta-Llama-3.1-8B-Instruct"),
+        ("mistral_nemo", "mistralai/Mistral-Nemo-Instruct-2407"),
+    ],
+)
+def test_stock_prompts_have_the_ids_of_the_models_own_templates(name, model_id):
+    """But for Nemo's system messages of conversations that go on, which its template moves to the last user turn."""
+    tokenizer = load(name)
+    ours = Encoder(tokenizer, PromptFormat(**stock_generation_config(model_id)["prompt_format"]))
+    compared = 0
+    for drawn in random_conversations(300, 4, orderly=True):
+        has_system = drawn[0]["role"] == "system"
+        if drawn[-1]["role"] != "user" or (name == "mistral_nemo" and has_system and len(drawn) > 2):
+            continue
+        messages = [{**message, "content": message["content"].strip() or "x"} for message in drawn]
+        served = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        assert ours.encode_prompt(messages) == served
+        compared += 1
+    assert compared > 50
 
 
 def test_other_models_have_none():
