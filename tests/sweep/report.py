@@ -8,10 +8,16 @@ from sweep.runner import STAGES, Outcome, version
 PLAIN = STAGES[0][0]
 # What stands behind an error of transformers that does not say it.
 MEANING = {
+    "cpmant": "a prefix model: it reads all of its prompt in both directions, and has no switch",
+    "dbrx": "transformers reads its rotary parameters from the wrong part of its config",
     "emu3": "its causal language model is saved under a model type that transformers cannot load as one",
     "gemma3n": "its vision part is timm's, which is not installed here; `gemma3n_text` is the language model",
     "gemma4_assistant": "a drafter that reads the cache of the model it drafts for; it cannot run alone",
     "gemma4_unified_assistant": "a drafter that reads the cache of the model it drafts for; it cannot run alone",
+    "mllama": "its causal language model is saved under a model type that transformers cannot load as one",
+    "musicgen": "not a model of text: it predicts several rows of audio codes at once",
+    "musicgen_melody": "not a model of text: it predicts several rows of audio codes at once",
+    "reformer": "LoRA only: its reversible layers pass on no gradient where their input asks for none",
 }
 
 
@@ -83,4 +89,4 @@ def write_report(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return text.partition(" /")[0].replace("|", "\\|")  # paths of the machine that swept

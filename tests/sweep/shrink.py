@@ -101,7 +101,7 @@ def _shrunk(values: Mapping[str, Any], vocab_size: int, tokens: Mapping[str, int
             small[name] = tokens.get(name, min(value, vocab_size - 1) if isinstance(value, int) else value)
         elif value is None and name in FILLED:
             small[name] = FILLED[name]
-        elif name == "is_decoder" and not values.get("is_encoder_decoder"):
+        elif name in ("is_decoder", "causal") and not values.get("is_encoder_decoder"):
             small[name] = True  # BERT and its like are causal only then
         elif isinstance(value, list) and name.endswith(("layer_types", "layers_block_type", "block_types")):
             small[name] = _kinds(value)

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -76,6 +77,7 @@ def left_out(model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, st
     if str(options.get("target_modules")).lower() != "all-linear":
         return {}
     found = {}
+    holders = Counter(id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear))
     for name, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear) or matches(options.get("exclude_modules"), name):
             continue
@@ -83,6 +85,8 @@ def left_out(model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, st
         owner: Any = type(model.get_submodule(parent))
         if not _computes_linear(module):
             found[name] = f"{type(module).__name__} computes something else than a matrix product"
+        elif holders[id(module.weight)] > 1:
+            found[name] = "its weight is another layer's too, to which a merge would add both adapters"
         elif _reads_weight(owner, last):
             found[name] = f"{owner.__name__} reads its weight without calling it"
     head = model.get_output_embeddings() if isinstance(model, transformers.PreTrainedModel) else None

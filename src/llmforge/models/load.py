@@ -145,9 +145,10 @@ def read_facts(source: ModelSource, *, trust_remote_code: bool = False) -> Model
             f"{source.name} is of type {config.model_type}, which is not a causal language model that transformers "
             f"{transformers.__version__} knows; give a model that continues text"
         )
+    limit = getattr(text, "max_position_embeddings", None)
     return ModelFacts(
         architecture=config.model_type,
-        native_context_length=getattr(text, "max_position_embeddings", None),
+        native_context_length=limit if limit is not None and limit > 0 else None,  # XLNet says -1
         hidden_size=getattr(text, "hidden_size", 0),
         num_layers=getattr(text, "num_hidden_layers", 0),
         vocab_size=getattr(text, "vocab_size", 0),
