@@ -170,6 +170,17 @@ def test_absent_content_is_given_as_the_template_can_take_it(tokenizer):
         assert trained.startswith(begin + "<tool_call>look_up")
 
 
+def test_content_may_be_left_out_beside_calls(tokenizer):
+    """As in OpenAI's API, where the key is optional then."""
+    encoder = encoder_for("REASONING_AND_TOOLS", tokenizer)
+    with_null = [QUESTION, calling(ARGUMENTS), RESULT, ANSWER]
+    without = [{key: value for key, value in message.items() if value is not None} for message in with_null]
+    assert "content" not in without[1]
+    assert samples_of(encoder, without, tools=[TOOL]) == samples_of(encoder, with_null, tools=[TOOL])
+    with pytest.raises(ConversationError, match="continue_final_message needs"):
+        encoder.encode_prompt(without[:2], [TOOL], continue_final_message=True)
+
+
 def test_tools_are_part_of_the_prompt(tokenizer):
     encoder = encoder_for("REASONING_AND_TOOLS", tokenizer)
     messages = [QUESTION, calling(json.dumps(ARGUMENTS), reasoning_content="let me see"), RESULT, ANSWER]

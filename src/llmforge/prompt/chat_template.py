@@ -164,7 +164,7 @@ class ChatTemplate:
                 raise self._disagreement(prompt, whole, message)
             return restored
         completion = whole[len(prompt) :]
-        said = message["content"] or ""
+        said = message.get("content") or ""
         opened = OPENING_TAG.search(prompt)  # what the server writes of the answer
         if not _holds((opened[0] if opened else "") + completion, said):
             restored = _with_thinking(prompt, whole, message)
@@ -313,7 +313,7 @@ def _with_thinking(prompt: str, whole: str, message: Message) -> Turn | None:
     A server's prompt may also open the thinking (`<think>`), which is then not the model's to write. What the model has
     to produce is the content as it stands in the data, and the template's end of turn.
     """
-    content = (message["content"] or "").strip()
+    content = (message.get("content") or "").strip()
     closings = list(END_OF_THINKING.finditer(content))
     answer = content[closings[-1].end() :].strip() if closings else ""
     if not answer or answer not in whole:

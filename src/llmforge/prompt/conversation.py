@@ -64,7 +64,7 @@ def check_messages(
         systems += role == "system"
     if systems > 1:
         raise ConversationError(f"{systems} system messages; at most one is allowed")
-    if continue_final_message and (messages[-1]["role"] != "assistant" or messages[-1]["content"] is None):
+    if continue_final_message and (messages[-1]["role"] != "assistant" or messages[-1].get("content") is None):
         raise ConversationError(
             f"continue_final_message needs a last message of the assistant, with text to go on from; it is of role "
             f"{messages[-1]['role']!r}"
