@@ -44,6 +44,19 @@ def test_half_precision_neither_hides_nor_invents_a_leak(dtype: torch.dtype) -> 
         check_causal(bert(initializer_range=0.1).to(dtype))
 
 
+@pytest.mark.parametrize("never", [float("-inf"), torch.finfo(torch.float32).min])
+def test_a_token_that_is_never_said_does_not_hide_a_leak(never: float) -> None:
+    for is_decoder in (True, False):
+        model = bert(is_decoder=is_decoder)
+        with torch.no_grad():
+            model.get_output_embeddings().bias[7] = never
+        if is_decoder:
+            check_causal(model)
+        else:
+            with pytest.raises(ModelError, match="is not causal"):
+                check_causal(model)
+
+
 def test_the_check_leaves_modes_and_random_state_alone() -> None:
     model = bert(is_decoder=True).train()
     model.bert.encoder.layer[0].eval()
