@@ -26,6 +26,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     # The head of its layers with a window is the sum of these two.
     "dots3_note_text": {"per_layer_config": {"1": {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8}}},
     "falcon_h1": {"mamba_d_ssm": 64},  # its heads have 8 dimensions
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},  # without attention, its cache cannot count
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},  # open in its default
     "mamba2": {"num_heads": 8, "head_dim": 16},  # Mamba's heads, under the names of attention's
     "qwen4_exp_text": {  # open in its default
@@ -36,6 +37,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
     },
     "reformer": {"axial_pos_embds": False},  # whose factors fix the length of all rows
+    "rwkv": {"attention_hidden_size": 64},  # its state has the hidden size
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},  # has an adapter for each language
     # These share a block between layers, so there have to be two of a kind.
     "zamba": {"num_hidden_layers": 6, "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2},
