@@ -3,10 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
-from transformers import BertConfig, Llama4TextConfig, MambaConfig, XLMConfig
+from transformers import (
+    BertConfig,
+    LagunaConfig,
+    Llama4TextConfig,
+    MambaConfig,
+    ProphetNetConfig,
+    XLMConfig,
+)
 
 from conftest import CHATML_TEMPLATE, build_tokenizer
 from llmforge.errors import ModelError
@@ -35,6 +43,13 @@ def test_a_model_that_reads_ahead_is_refused_and_the_switch_is_named() -> None:
     with pytest.raises(ModelError, match=r"this xlm model is not causal: .* set causal: true in its config\.json"):
         check_causal(build(XLMConfig(**xlm)))
     check_causal(build(XLMConfig(**xlm, causal=True)))
+
+
+def test_a_model_whose_predictions_depend_on_the_length_of_the_row_is_refused() -> None:
+    sizes = {"hidden_size": 32, "decoder_ffn_dim": 64, "num_decoder_layers": 2, "num_decoder_attention_heads": 2}
+    model = build(ProphetNetConfig(vocab_size=512, **sizes, is_decoder=True, is_encoder_decoder=False, init_std=0.1))
+    with pytest.raises(ModelError, match=r"this prophetnet model is not causal: .* how many tokens follow"):
+        check_causal(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -104,6 +119,34 @@ def test_layers_that_a_kernel_bypasses_stay_out_of_all_linear() -> None:
     trained = {name.split(".")[-4] for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert "in_proj" in trained
     assert "out_proj" not in trained
+
+
+def laguna() -> Any:
+    sizes = {"num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 16, "num_experts": 2}
+    experts = {"shared_expert_intermediate_size": 16, "num_experts_per_tok": 1, "mlp_layer_types": ["dense", "sparse"]}
+    return build(LagunaConfig(vocab_size=512, **{**SMALL, **sizes, **experts}))
+
+
+def test_adapters_that_would_be_lost_on_loading_stay_out_of_all_linear(tmp_path: Path) -> None:
+    model = laguna()
+    found = left_out(model, ALL_LINEAR)
+    assert {name.rpartition(".")[0] for name in found} == {"model.layers.1.mlp.shared_experts"}
+    # The reason is true of PEFT: else the module need not be left out any more.
+    adapted = peft.get_peft_model(laguna(), peft.LoraConfig(**ALL_LINEAR, init_lora_weights=False))
+    for parameter in adapted.parameters():
+        parameter.data += float(parameter.requires_grad)
+    adapted.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        loaded = peft.PeftModel.from_pretrained(laguna(), tmp_path)
+    before, after = adapted.state_dict(), loaded.state_dict()
+    lost = {name.partition(".lora_")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert lost == {f"base_model.model.{name}" for name in found}
+
+    with pytest.raises(
+        ModelError, match=r"PEFT would not find the adapter of up_proj again .*exclude_modules: \[\"model"
+    ):
+        add_lora(laguna(), {"r": 4, "target_modules": ["q_proj", "up_proj"]})
+    assert add_lora(model, ALL_LINEAR).peft_config["default"].exclude_modules == set(found)
 
 
 def test_what_the_user_excludes_stays_excluded() -> None:

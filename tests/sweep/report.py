@@ -17,7 +17,9 @@ MEANING = {
     "mllama": "its causal language model is saved under a model type that transformers cannot load as one",
     "musicgen": "not a model of text: it predicts several rows of audio codes at once",
     "musicgen_melody": "not a model of text: it predicts several rows of audio codes at once",
-    "reformer": "LoRA only: its reversible layers pass on no gradient where their input asks for none",
+    "prophetnet": "its predictions for a token depend on how many tokens follow: see transformers issue 24289",
+    "xlnet": "reads in both directions; transformers' other setting, `attn_type: uni`, fails beside an attention mask",
+    "youtu": "its padding token's embedding, an output row too, is set to zero each time it is loaded",
 }
 
 

@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 import peft
 import torch
 import transformers
+from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -20,6 +22,7 @@ from llmforge.errors import ModelError
 from llmforge.models.load import quiet
 from llmforge.models.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
+SAVED_PREFIX = "base_model.model."  # of every tensor's name in an adapter's file
 # Fields that change what an adapter computes; an adapter can be continued only under the values it was trained with.
 _SAME_WHEN_CONTINUED = (
     "r",
@@ -58,6 +61,14 @@ def add_lora(model: Any, options: Mapping[str, Any]) -> Any:
             if unfit:
                 why = f"target_modules matches {', '.join(unfit)}, which LoRA cannot adapt"
             raise ModelError(f"lora_config: {why}. Modules that LoRA can adapt here: {adaptable}") from error
+    adapted_modules = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    if lost := _lost_on_loading(model, adapted_modules):
+        names = ", ".join(_module_names(sorted(lost)))
+        raise ModelError(
+            f"lora_config.target_modules: PEFT would not find the adapter of {names} again when it loads what it "
+            "saved: it takes the names of these tensors for those of an older checkpoint, and changes them. Leave "
+            f"them out: exclude_modules: {json.dumps(sorted(lost))}"
+        )
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # PEFT leaves modules_to_save and biases as they are; bf16 swallows small updates
             parameter.data = parameter.data.float()
@@ -70,16 +81,19 @@ def left_out(model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, st
     PEFT takes every `nn.Linear`. Some of them are linear in name only: a router that returns a tuple, a layer that
     works in groups. Of others the model's code reads the weight and never calls the layer, so that an adapter there
     changes nothing and gets no gradient: Mamba's kernels do so, where they are installed
-    (https://github.com/huggingface/peft/pull/2610 refuses some of those architectures).
+    (https://github.com/huggingface/peft/pull/2610 refuses some of those architectures). Adapters of a third kind would
+    be lost when they are loaded.
 
     Modules that the options name one by one, or exclude already, are not among them.
     """
     if str(options.get("target_modules")).lower() != "all-linear":
         return {}
     found = {}
-    holders = Counter(id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear))
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear) or matches(options.get("exclude_modules"), name):
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    holders = Counter(id(module.weight) for module in linear.values())
+    lost = _lost_on_loading(model, linear)
+    for name, module in linear.items():
+        if matches(options.get("exclude_modules"), name):
             continue
         parent, _, last = name.rpartition(".")
         owner: Any = type(model.get_submodule(parent))
@@ -89,6 +103,8 @@ def left_out(model: torch.nn.Module, options: Mapping[str, Any]) -> dict[str, st
             found[name] = "its weight is another layer's too, to which a merge would add both adapters"
         elif _reads_weight(owner, last):
             found[name] = f"{owner.__name__} reads its weight without calling it"
+        elif name in lost:
+            found[name] = "PEFT would not find its adapter again on loading"
     head = model.get_output_embeddings() if isinstance(model, transformers.PreTrainedModel) else None
     return {name: why for name, why in found.items() if model.get_submodule(name) is not head}  # PEFT leaves it out
 
@@ -286,6 +302,18 @@ def _computes_linear(module: torch.nn.Linear) -> bool:
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
     return isinstance(output, torch.Tensor) and output.shape == (2, module.out_features)
+
+
+def _lost_on_loading(model: Any, modules: Iterable[str]) -> set[str]:
+    """Name the modules whose adapter PEFT does not find again in the file that it wrote itself.
+
+    On loading it renames an adapter's tensors as transformers renames those of older checkpoints, and some of these
+    patterns change names that are right already: for Laguna, `mlp.shared_expert.` matches `mlp.shared_experts`.
+    """
+    owners = {f"{SAVED_PREFIX}{name}.lora_{side}.weight": name for name in modules for side in "AB"}
+    tensors = {name: torch.empty(1, 1, device="meta") for name in owners}
+    found = convert_peft_adapter_state_dict_for_transformers(model, peft.LoraConfig(), tensors)
+    return {owners[name] for name in owners.keys() - found.keys()}
 
 
 @cache

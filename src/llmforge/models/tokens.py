@@ -13,10 +13,8 @@ import torch
 from safetensors import safe_open
 
 from llmforge.errors import ModelError
-from llmforge.models.adapter import is_tied, matches
+from llmforge.models.adapter import SAVED_PREFIX, is_tied, matches
 from llmforge.models.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-
-_SAVED_PREFIX = "base_model.model."  # of every tensor's name in an adapter's file
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +140,7 @@ def fit_to_adapter(model: Any, adapter: Path) -> None:
     indices = settings.get("trainable_token_indices") or []
     rows = [max(each, default=-1) + 1 for each in (indices.values() if isinstance(indices, dict) else [indices])]
     sides = [side for side in (model.get_input_embeddings(), model.get_output_embeddings()) if side is not None]
-    saved = {f"{_SAVED_PREFIX}{name}.weight" for name, module in model.named_modules() if module in sides}
+    saved = {f"{SAVED_PREFIX}{name}.weight" for name, module in model.named_modules() if module in sides}
     with safe_open(adapter / ADAPTER_WEIGHTS, framework="numpy") as file:
         rows += [file.get_slice(name).get_shape()[0] for name in file.keys() if name in saved]  # noqa: SIM118
     if max(rows, default=0) > len(model.get_input_embeddings().weight):

@@ -46,6 +46,7 @@ from llmforge.models.load import (
     load_base_model,
     takes_logits_to_keep,
 )
+from llmforge.models.quirks import mend
 from llmforge.models.tokens import make_room, train_new_rows
 from llmforge.tasks import Batch, LanguageModeling
 from llmforge.train.backends import SingleDevice
@@ -340,6 +341,7 @@ def _load_model(preparation: Preparation, reporter: Reporter) -> tuple[Any, dict
         attention=attention,
         trust_remote_code=config.model.trust_remote_code,
     )
+    mend(model)
     new_rows = make_room(model, preparation.new_tokens, rows=len(preparation.encoder.tokenizer))
     if config.speed.gradient_checkpointing:
         problem = enable_activation_checkpointing(model)
