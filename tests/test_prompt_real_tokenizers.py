@@ -5,13 +5,15 @@ They are fetched by `make install-tokenizers`; LLMFORGE_TOKENIZERS names another
 
 import os
 import random
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from conftest import PROMPT_FORMATS, random_conversation
+from conftest import CHATML_TEMPLATE, PROMPT_FORMATS, build_tokenizer, random_conversation
 from llmforge.errors import ConversationError
 from llmforge.prompt import Encoder, PromptFormat, StopRules, build_format, chat_template_of
 
@@ -24,9 +26,7 @@ FORMATS = {"llama3": "llama3", "llama3_1": "llama3", "gemma3": "gemma2", "qwen3"
 
 def load(name: str):
     root = Path(os.environ.get("LLMFORGE_TOKENIZERS") or Path(__file__).parent.parent / ".cache" / "tokenizers")
-    places = [
-        place for place in (root / name, root / name / "package" / "models") if (place / "tokenizer.json").exists()
-    ]
+    places = [place for place in (root / name, root / name / "package" / "models") if any(place.glob("tokenizer.*"))]
     if not places:
         pytest.skip(f"no tokenizer {name} in {root}: run `make install-tokenizers`, or set LLMFORGE_TOKENIZERS")
     return AutoTokenizer.from_pretrained(places[0])
@@ -174,3 +174,27 @@ def test_thinking_is_forgotten_in_history_and_learned_in_the_last_answer():
     good, bad = encoder.encode_conversations([{"messages": messages}, {"messages": odd}], "assistant")
     assert len(good) == 2
     assert isinstance(bad, ConversationError)
+
+
+def test_mistral_common_does_not_take_the_place_of_a_tokenizer(tmp_path):
+    """Where that package is, transformers loads its class for any directory with a `tekken.json` beside the rest."""
+    package = Path(__file__).parent.parent / ".cache" / "mistral-common"
+    if not package.is_dir():
+        pytest.skip(f"no {package}: run `make install-tokenizers`")
+    build_tokenizer(eos="<|im_end|>", chat_template=CHATML_TEMPLATE).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    (tmp_path / "tekken.json").write_text("{}")
+    program = (
+        "import sys, pathlib\n"
+        "from transformers.utils.import_utils import is_mistral_common_available\n"
+        "from llmforge.models.load import load_tokenizer\n"
+        "from llmforge.models.source import ModelSource\n"
+        "assert is_mistral_common_available()\n"
+        "tokenizer = load_tokenizer(ModelSource('model', pathlib.Path(sys.argv[1])))\n"
+        "print(tokenizer.apply_chat_template([{'role': 'user', 'content': 'Hi'}], tokenize=False))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], env={**os.environ, "PYTHONPATH": str(package)}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.stdout == "<|im_start|>user\nHi<|im_end|>\n\n", done.stderr

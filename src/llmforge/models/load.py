@@ -63,7 +63,12 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
     with quiet():
         try:
             return transformers.AutoTokenizer.from_pretrained(
-                source.directory, trust_remote_code=trust_remote_code, **source.load_options
+                source.directory,
+                trust_remote_code=trust_remote_code,
+                # Else, where mistral-common is installed (vLLM brings it), a class that knows no chat templates and
+                # takes special tokens for plain text.
+                mistral_format=False,
+                **source.load_options,
             )
         except UNREADABLE as error:
             if not trust_remote_code:
