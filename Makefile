@@ -19,7 +19,7 @@ export LLMFORGE_CONVERTER ?= $(CURDIR)/$(CACHE)/llama-cpp
 help:
 	@echo "make quickstart   fine-tune a real 135M model on the CPU and talk with it (some minutes)"
 	@echo "make test         run the tests"
-	@echo "make sweep        try every architecture of transformers, and write docs/models.md (10 minutes)"
+	@echo "make sweep        try every architecture of transformers, and write docs/models.md (some minutes)"
 	@echo "make check        lint, types, import contracts and tests"
 	@echo "make install-dev  virtual environment with everything for development"
 

@@ -318,12 +318,15 @@ def _lost_on_loading(model: Any, modules: Iterable[str]) -> set[str]:
 
 @cache
 def _reads_weight(parent: Any, name: str) -> bool:
-    """Say whether the code of a module's class computes with the weight of a child instead of calling the child."""
+    """Say whether the code of a module's class computes with the weight of a child instead of calling the child.
+
+    Code that reads slices of it (Bloom's) imitates tensor parallelism, and only on request.
+    """
     try:
         code = inspect.getsource(parent)
     except (OSError, TypeError):
         return False
-    return re.search(rf"\bself\.{name}\.weight\b(?!\.(dtype|device|shape|ndim|size|data\b))", code) is not None
+    return re.search(rf"\bself\.{name}\.weight\b(?!\[|\.(dtype|device|shape|ndim|size|data\b))", code) is not None
 
 
 def _check_names(model: torch.nn.Module, targets: str | Sequence[str] | None, key: str) -> None:
