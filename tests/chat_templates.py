@@ -15,6 +15,17 @@ HEADERS_TRIMMED = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 
+# A default system turn, which ends as all turns do, stands in front of the first user header.
+HEADERS_ALWAYS_ASKING_WITH_DEFAULT_SYSTEM = (
+    HEADERS_TRIMMED.replace("{% if add_generation_prompt %}", "")
+    .removesuffix("{% endif %}")
+    .replace(
+        "{{ bos_token }}",
+        "{{ bos_token }}{% if messages[0].role != 'system' %}"
+        "{{ '<|start_header_id|>system<|end_header_id|>\n\nBe good.<|eot_id|>' }}{% endif %}",
+    )
+)
+
 HEADERS_ALWAYS_ASKING = HEADERS_TRIMMED.replace("{% if add_generation_prompt %}", "").removesuffix("{% endif %}")
 
 FIXED_DATE = """\
@@ -163,6 +174,25 @@ REASONING_AND_TOOLS = """\
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+# Marks its channels with special tokens, and ends answers, and calls, each with one of their own.
+CHANNELS = """\
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- '<start_of_turn>assistant<|start_header_id|>' }}
+        {%- if message.tool_calls %}
+            {%- for call in message.tool_calls %}
+                {{- 'call<|end_header_id|>' + call.function.name + call.function.arguments | tojson }}
+            {%- endfor %}
+            {{- '<|eot_id|>' }}
+        {%- else %}
+            {{- 'final<|end_header_id|>' + message.content + '<end_of_turn>' }}
+        {%- endif %}
+    {%- else %}
+        {{- '<start_of_turn>' + message.role + '<|end_header_id|>' + message.content + '<|im_end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<start_of_turn>assistant' }}{%- endif %}"""
 
 # Walks through the arguments of a call, so it needs them as a mapping.
 ARGUMENTS_AS_MAPPING = """\

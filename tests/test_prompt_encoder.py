@@ -9,6 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import chat_templates
 from conftest import (
     CHATML_TEMPLATE,
     CORPUS,
@@ -379,6 +380,11 @@ def test_the_stray_header_of_the_next_answer_is_not_part_of_a_turn(tokenizer):
     assert encoder.decode(everything.input_ids).endswith("Hello!<|eot_id|>")
     # What is rendered stays what the template says.
     assert format.render(chat("Hi", "Hello!"), False).endswith(header)
+    # A default system message changes none of it, though it ends as turns do and stands before the first user header.
+    source = chat_templates.HEADERS_ALWAYS_ASKING_WITH_DEFAULT_SYSTEM
+    encoder = Encoder(tokenizer, template(source, tokenizer))
+    (sample,) = encode(encoder, chat("Hi", "Hello!", "Bye", "Ciao."))
+    assert trained_text(encoder, sample) == "Hello!<|eot_id|>Ciao.<|eot_id|>"
 
 
 @pytest.mark.parametrize("source", [CHATML_TEMPLATE, FORGETS_THINKING, ENDS_THE_LAST_TURN])
@@ -448,15 +454,35 @@ def test_an_answer_without_thinking_is_an_error_of_its_row_where_thinking_is_ope
 
 
 def test_one_odd_conversation_is_an_error_of_its_row(tokenizer):
-    # The last answer of a prompt is marked: two answers in a row render otherwise once the second is there.
-    source = CHATML_TEMPLATE.replace("message['content'] +", "message['content'] + ('!' if loop.last else '') +")
-    encoder = Encoder(
-        tokenizer, template(source.replace("if loop.last", "if loop.last and message['role'] != 'user'"), tokenizer)
-    )
+    # Of two answers in a row, only the last is written.
+    source = CHATML_TEMPLATE.replace("message['content'] +", "(message['content'] if loop.index0 < 2 else '') +")
+    encoder = Encoder(tokenizer, template(source, tokenizer))
     odd = [*chat("q", "a"), {"role": "assistant", "content": "b"}]
     good, bad = encoder.encode_conversations([{"messages": chat("q", "a")}, {"messages": odd}], "assistant")
     assert len(good) == 1
     assert isinstance(bad, ConversationError)
+
+
+def test_what_a_template_writes_of_history_may_depend_on_the_answer(tokenizer):
+    """The first of two answers has a mark in front until the second is there."""
+    mark = "('!' if loop.last and message['role'] == 'assistant' else '')"
+    source = CHATML_TEMPLATE.replace("message['content'] +", f"{mark} + message['content'] +")
+    encoder = Encoder(tokenizer, template(source, tokenizer))
+    messages = [*chat("q", "a"), {"role": "assistant", "content": "b"}]
+    (sample,) = encode(encoder, messages)
+    assert trained_text(encoder, sample) == "!a<|im_end|>\n!b<|im_end|>\n"
+    text = encoder.decode(sample.input_ids)
+    assert text == encoder.format.render(messages[:2]) + "!b<|im_end|>\n"
+    assert text.startswith(encoder.format.render(messages[:1]) + "!a<|im_end|>\n")
+
+
+def test_a_system_message_that_moves_to_the_last_user_turn_is_learned_where_it_is_served(tokenizer):
+    encoder = Encoder(tokenizer, template(chat_templates.SYSTEM_BEFORE_LAST_USER, tokenizer))
+    messages = [{"role": "system", "content": "Be brief."}, *chat("q", "a", "r", "b")]
+    first, second = encode(encoder, messages)
+    assert encoder.decode(first.input_ids) == "<s>[INST] Be brief.\n\nq[/INST] a</s>"
+    assert encoder.decode(second.input_ids) == "<s>[INST] q[/INST] a</s>[INST] Be brief.\n\nr[/INST] b</s>"
+    assert [trained_text(encoder, sample) for sample in (first, second)] == [" a</s>", " b</s>"]
 
 
 def test_a_template_that_changes_the_answer_is_refused(tokenizer):
@@ -710,6 +736,16 @@ def test_a_missing_or_damaged_file_is_said_to_be_so(content, tmp_path, tokenizer
 
 
 # Where generation ends
+
+
+def test_answers_and_calls_that_end_differently_both_stop(tokenizer):
+    """And a token that stands within the turn does not, though it is the first special one behind the text."""
+    format = template(chat_templates.CHANNELS, tokenizer)
+    ends = Encoder(tokenizer, format).stop_token_ids()
+    assert [tokenizer.decode([token]) for token in ends] == ["<end_of_turn>", "<|eot_id|>"]
+    closing = chat_templates.CHANNELS.replace("'<end_of_turn>'", "'<|end_header_id|><end_of_turn>'")
+    ends = Encoder(tokenizer, template(closing, tokenizer)).stop_token_ids()
+    assert [tokenizer.decode([token]) for token in ends] == ["<end_of_turn>", "<|eot_id|>"]
 
 
 @pytest.mark.parametrize(

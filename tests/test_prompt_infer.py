@@ -114,6 +114,21 @@ def test_changes_of_a_thinking_template_are_named(change, told, with_template):
     assert any(re.search(told, reason) for reason in inference.reasons), inference.reasons
 
 
+@pytest.mark.parametrize("condition", ["messages[0].role == 'system'", "messages | length > 2"])
+def test_a_date_that_some_conversations_have_is_seen(condition, with_template):
+    date = "{% if " + condition + " %}{{ strftime_now('%Y-%m-%d') }}{% endif %}"
+    inference = infer_format(with_template(date + chat_templates.CHATML))
+    assert inference.format is None
+    assert any(reason.startswith("dates: ") for reason in inference.reasons)
+
+
+def test_an_answer_that_is_lost_is_not_called_thinking_that_is_dropped(with_template):
+    changed = "(message['content'] | title if message['role'] == 'assistant' else message['content']) +"
+    template = chat_templates.CHATML.replace("message['content'] +", changed)
+    (reason, *_) = infer_format(with_template(template)).reasons
+    assert reason.startswith("content: ")
+
+
 def test_a_word_that_the_template_looks_for_is_tried(with_template):
     """A condition on content that no list of hostile texts holds is found in the template's own source."""
     template = chat_templates.CHATML.replace(

@@ -169,11 +169,23 @@ def test_thinking_is_forgotten_in_history_and_learned_in_the_last_answer():
     first, second = (encoder.decode(sample.input_ids) for sample in samples)
     assert "half" in first
     assert "half" not in second
-    # Two answers in a row are beyond this template; that is the row's fault, not the format's.
-    odd = [messages[0], messages[3], {"role": "assistant", "content": "No, 25."}]
-    good, bad = encoder.encode_conversations([{"messages": messages}, {"messages": odd}], "assistant")
-    assert len(good) == 2
-    assert isinstance(bad, ConversationError)
+    # Of two answers in a row, each is learned behind what the server writes in front of it.
+    assert check_row(encoder, [messages[0], messages[3], {"role": "assistant", "content": "No, 25."}]) >= 1
+
+
+def test_nemos_system_messages_are_learned_where_the_template_puts_them():
+    tokenizer = load("mistral_nemo")
+    encoder = Encoder(tokenizer, build_format(None, tokenizer))
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "48/2?"},
+        {"role": "assistant", "content": "24"},
+        {"role": "user", "content": "72/3?"},
+        {"role": "assistant", "content": "24"},
+    ]
+    assert check_row(encoder, messages) == 2
+    (samples,) = encoder.encode_conversations([{"messages": messages}], "assistant")
+    assert [encoder.decode(sample.input_ids).count("Be brief.") for sample in samples] == [1, 1]
 
 
 def test_mistral_common_does_not_take_the_place_of_a_tokenizer(tmp_path):

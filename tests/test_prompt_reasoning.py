@@ -170,6 +170,27 @@ def test_absent_content_is_given_as_the_template_can_take_it(tokenizer):
         assert trained.startswith(begin + "<tool_call>look_up")
 
 
+def test_thoughts_that_are_put_back_do_not_hide_a_call_that_is_lost(tokenizer):
+    encoder = encoder_for("THINKING_OPENED", tokenizer)
+    with pytest.raises(ConversationError, match="leaves out the assistant's call of look_up"):
+        samples_of(encoder, [QUESTION, calling(ARGUMENTS, "<think>\nhm\n</think>\n\nhello")])
+
+
+def test_thoughts_without_line_breaks_follow_an_opened_tag(tokenizer):
+    """The template keeps the content, whose tag is not followed by the line break of the generation prompt."""
+    source = chat_templates.CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")
+    encoder = Encoder(tokenizer, ChatTemplate(source, tokenizer, from_tokenizer=False))
+    ((text, trained),) = samples_of(encoder, [QUESTION, {"role": "assistant", "content": "<think>hm</think>yes"}])
+    assert text.endswith("<|im_start|>assistant\n<think>\nhm</think>yes<|im_end|>\n")
+    assert trained == "hm</think>yes<|im_end|>\n"
+
+
+def test_a_template_that_writes_no_calls_is_said_to_leave_them_out(tokenizer):
+    encoder = encoder_for("HEADERS_TRIMMED", tokenizer)
+    with pytest.raises(ConversationError, match="leaves out the assistant's call of look_up"):
+        samples_of(encoder, [QUESTION, calling(ARGUMENTS)])
+
+
 def test_content_may_be_left_out_beside_calls(tokenizer):
     """As in OpenAI's API, where the key is optional then."""
     encoder = encoder_for("REASONING_AND_TOOLS", tokenizer)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import chat_templates
 import llmforge.export.prove_text as prove_text_module
 import llmforge.train.run as training
 from conftest import CHATML_TEMPLATE, PROMPT_FORMATS, build_tokenizer, conversation_rows, save_model, write_jsonl
@@ -99,6 +100,21 @@ def test_good_formats_are_proven(name: str, task: Any, tmp_path: Path) -> None:
         assert mask["turns"] == mask["turns_exact"] == stop["turns"] == stop["end_in_stop_token"] == 13
         assert tokens["end of turn"] >= 13
         assert tokens["prompt"] > tokens["trained"] > 13
+
+
+def test_a_turn_of_weight_0_in_a_history_that_is_rewritten_is_no_difference(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(eos="<|im_end|>", chat_template=chat_templates.THINKING)
+    thoughts = "<think>\nhm\n</think>\n\nred"
+    messages = [
+        {"role": "user", "content": "stop?"},
+        {"role": "assistant", "content": thoughts, "weight": 0},
+        {"role": "user", "content": "wait?"},
+        {"role": "assistant", "content": thoughts},
+    ]
+    format = ChatTemplate(chat_templates.THINKING, tokenizer, True)
+    proof = text_proof(tmp_path, format, tokenizer, rows=[{"messages": messages}])
+    assert proof.proven, proof.message()
+    assert proof.sections["mask"]["turns"] == 1
 
 
 def test_a_modelfile_that_renders_otherwise_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,6 +229,8 @@ class Certifier:
         is_whole = len(completion) <= room
         kept = completion[: max(room, 0)]
         actual = list(sample.input_ids[start : start + len(kept)])
+        if actual != kept and not turn.weight:
+            return  # a sample of its own, left out as nothing in it is trained; here it is history, and rewritten
         if actual != kept:
             self._differs(where, list(sample.input_ids[: start + len(kept) + 4]), [*prompt_ids, *kept])
             return

@@ -16,7 +16,7 @@ import jinja2
 
 from llmforge.data.conversation import REASONING_KEYS
 from llmforge.errors import ConversationError, PromptFormatError
-from llmforge.prompt.conversation import Message, Turn, check_messages, weight_of
+from llmforge.prompt.conversation import Message, Turn, check_messages, common_prefix_length, weight_of
 
 PROBES = ("Probe-Alpha-1", "Probe-Beta-2", "Probe-Gamma-3", "Probe-Delta-4")
 PROBE_TOOL = {
@@ -124,7 +124,7 @@ class ChatTemplate:
                     continue
                 if PROBE_ARGUMENTS["word"] in text and str(PROBE_ARGUMENTS) not in text:
                     return bool(content), as_mapping
-        return False, True
+        return True, True
 
     @cached_property
     def _writes_tools(self) -> bool:
@@ -150,40 +150,41 @@ class ChatTemplate:
             written = self.render(messages[: index + 1], False, tools)
             whole = written.removesuffix(self.stray_suffix)
             prompt = self.render(messages[:index], True, tools) if index else self._opening(whole)
-            turn = self._turn(prompt, whole, message)
+            turn = self._turn(prompt, whole, messages[: index + 1])
             if turn.is_as_written and self._has_marks:
                 turn = self._up_to_mark(turn, messages[: index + 1], tools)
             turns.append(turn)
         return turns
 
-    def _turn(self, prompt: str, whole: str, message: Message) -> Turn:
+    def _turn(self, prompt: str, whole: str, messages: Sequence[Message]) -> Turn:
         """Cut a turn out of the conversation that it ends, and check that all that was said is in it."""
-        if not whole.startswith(prompt):
-            restored = _with_thinking(prompt, whole, message)
-            if restored is None:
-                raise self._disagreement(prompt, whole, message)
-            return restored
-        completion = whole[len(prompt) :]
+        *before, message = messages
+        cut: Turn | None = None
+        if whole.startswith(prompt):
+            cut = Turn(prompt, whole[len(prompt) :], weight_of(message))
+        turn = cut or _with_thinking(prompt, whole, message) or _behind_last(prompt, whole, before, message)
+        if turn is None:
+            raise self._disagreement(prompt, whole, message)
         said = message.get("content") or ""
         opened = OPENING_TAG.search(prompt)  # what the server writes of the answer
-        if not _holds((opened[0] if opened else "") + completion, said):
+        if not _holds((opened[0] if opened else "") + turn.completion, said):
             restored = _with_thinking(prompt, whole, message)
             if restored is None:
                 raise ConversationError(
-                    f"the chat template changes the assistant's text: {said[:60]!r} became {completion[:90]!r}"
+                    f"the chat template changes the assistant's text: {said[:60]!r} became {turn.completion[:90]!r}"
                 )
-            return restored
+            turn = restored
         reasoning = next((message[key] for key in REASONING_KEYS if message.get(key)), "")
-        if not _holds(completion, reasoning):
+        if not _holds(turn.completion, reasoning):
             raise ConversationError(
                 f"the chat template leaves out the assistant's reasoning ({reasoning[:60]!r}); put it into content, "
                 "between the tags that the model thinks in"
             )
         for call in message.get("tool_calls") or ():
             name = (call.get("function") or call).get("name", "")
-            if name not in completion:
+            if name not in turn.completion:
                 raise ConversationError(f"the chat template leaves out the assistant's call of {name}")
-        return Turn(prompt, completion, weight_of(message))
+        return turn
 
     @cached_property
     def _has_marks(self) -> bool:
@@ -251,9 +252,9 @@ class ChatTemplate:
     def _find_stray_suffix(self) -> str:
         """Find text after a finished assistant turn that is not there once the conversation goes on.
 
-        What separates an assistant turn from the next user's content ends in the user header, which the beginning of
-        the conversation shows; the rest of it is the true end of turn. Only text that also asks for an answer is stray:
-        an EOS that a template writes behind the last turn alone is there to be learned.
+        What is written behind a turn is the same, whether the conversation goes on or not, up to where the next header
+        differs; how headers begin, the beginning of the conversation shows. Only text that also asks for an answer is
+        stray: an EOS that a template writes behind the last turn alone is there to be learned.
         """
         user, assistant, next_user, next_assistant = PROBES
         conversation = [
@@ -275,15 +276,16 @@ class ChatTemplate:
         if between.startswith(after_turn):
             return ""
         # Compared as tokens: `<|begin_of_text|>` and `<|eot_id|>` end in the same characters.
-        opening, ending = self.tokenizer([long.partition(user)[0], between], add_special_tokens=False)["input_ids"]
-        header = 0
-        while header < min(len(opening), len(ending)) and opening[-header - 1] == ending[-header - 1]:
-            header += 1
-        end_of_turn = self.tokenizer.decode(ending[: len(ending) - header], clean_up_tokenization_spaces=False)
+        opening = long.partition(user)[0].removeprefix(self.tokenizer.bos_token or "")
+        opening, ending, asking = self.tokenizer([opening, between, after_turn], add_special_tokens=False)["input_ids"]
+        shared = common_prefix_length(ending, asking)
+        header = next(n for n in range(shared, -1, -1) if ending[shared - n : shared] == opening[:n])
+        end_of_turn = self.tokenizer.decode(ending[: shared - header], clean_up_tokenization_spaces=False)
         if not end_of_turn or not after_turn.startswith(end_of_turn):
             return ""
         stray = after_turn[len(end_of_turn) :]
-        return stray if prompt.endswith(stray) else ""
+        asked = prompt.rpartition(user)[2]  # may go on behind it: Command A opens the answer only where it is asked for
+        return stray if asked.endswith(stray) or stray in asked[1:] else ""
 
 
 def _with_arguments(call: Mapping[str, Any], as_mapping: bool) -> dict[str, Any]:
@@ -316,10 +318,11 @@ def _with_thinking(prompt: str, whole: str, message: Message) -> Turn | None:
     content = (message.get("content") or "").strip()
     closings = list(END_OF_THINKING.finditer(content))
     answer = content[closings[-1].end() :].strip() if closings else ""
-    if not answer or answer not in whole:
+    written = content if content in whole else answer
+    if not answer or written not in whole:
         return None
-    place = whole.rindex(answer)
-    header, ending = whole[:place].rstrip(), whole[place + len(answer) :]
+    place = whole.rindex(written)
+    header, ending = whole[:place].rstrip(), whole[place + len(written) :]
     if not prompt.startswith(header):
         return None
     opened = prompt[len(header) :].strip()
@@ -329,3 +332,17 @@ def _with_thinking(prompt: str, whole: str, message: Message) -> Turn | None:
     if opened and prompt[-1].isspace():
         said = said.lstrip("\n")
     return Turn(prompt, said + ending, weight_of(message), is_as_written=False)
+
+
+def _behind_last(prompt: str, whole: str, before: Sequence[Message], message: Message) -> Turn | None:
+    """Cut a turn out of a conversation whose history is written differently once it is answered, or return None.
+
+    What follows the last message up to the answer must be what the server's prompt ends in.
+    """
+    last = (before[-1].get("content") or "").strip()
+    said = (message.get("content") or "").strip()
+    asking = prompt.rpartition(last)[2] if last else ""
+    place = whole.rfind(last + asking, 0, whole.rindex(said) if said and said in whole else len(whole))
+    if not asking or place < 0:
+        return None
+    return Turn(prompt, whole[place + len(last + asking) :], weight_of(message), is_as_written=False)

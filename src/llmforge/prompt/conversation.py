@@ -77,8 +77,8 @@ def weight_of(message: Message) -> float:
     return 1.0 if weight is None else float(weight)
 
 
-def common_prefix_length(first: str, second: str) -> int:
-    """Count the leading characters that two strings share."""
+def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Count the leading elements that two sequences, of characters or token ids, share."""
     shorter = min(len(first), len(second))
     if first[:shorter] == second[:shorter]:
         return shorter

@@ -22,7 +22,7 @@ Format = PromptFormat | ChatTemplate
 Trained = Literal["assistant", "everything"]
 """Which tokens carry loss: those the model would have to produce, or all of them."""
 
-ENCODING_VERSION = 2  # goes into the fingerprint; raise it when the same input gives other ids or weights
+ENCODING_VERSION = 3  # goes into the fingerprint; raise it when the same input gives other ids or weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,15 +152,31 @@ class Encoder:
         first release: EOS is `<|end_of_text|>`, turns end in `<|eot_id|>`).
         """
         probe = "Probe"
+        answer: Message = {"role": "assistant", "content": probe}
+        call = {"id": "probe0001", "type": "function", "function": {"name": probe, "arguments": {"word": probe}}}
+        calling: Message = {**answer, "content": "", "tool_calls": [call, {**call, "id": "probe0002"}]}
+        said = self._special_ends(answer, probe) or []
+        # A call may end otherwise (`<|eom_id|>`, `<|call|>`). What ends one of two (`</tool_call>`) ends no turn.
+        called = self._special_ends(calling, probe)
+        if called is None:  # some templates write no more than one
+            called = self._special_ends({**calling, "tool_calls": [call]}, probe) or []
+        return list(dict.fromkeys([*said[:1], *called[-1:]]))
+
+    def _special_ends(self, answer: Message, probe: str) -> list[int] | None:
+        """Give the special tokens behind all that an answer says, but for those that also stand within it.
+
+        None: the format refuses the answer.
+        """
         try:
-            turns = self.format.turns([{"role": "user", "content": probe}, {"role": "assistant", "content": probe}])
+            turns = self._turns([{"role": "user", "content": probe}, answer], None)
         except (ConversationError, PromptFormatError):
-            return []
-        ending = self.encode_text(turns[-1].completion.rpartition(probe)[2].lstrip()) if turns else []
+            return None
+        within, _, ending = turns[-1].completion.rpartition(probe)
         special = set(self.tokenizer.all_special_ids) | {
             token_id for token_id, token in self.tokenizer.added_tokens_decoder.items() if token.special
         }
-        return ending[:1] if ending and ending[0] in special else []
+        inside = set(self.encode_text(within))
+        return [token for token in self.encode_text(ending) if token in special and token not in inside]
 
     def _split(self, row: Mapping[str, Any], trained: Trained) -> list[Turn] | str:
         messages = row["messages"]

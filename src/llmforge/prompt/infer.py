@@ -195,8 +195,8 @@ def _writes_dates(probe: _Probe) -> str | None:
     written = []
     for day in ("1 Jan 2001", "2 Feb 2002"):
         source = f"{{% macro strftime_now(format) %}}{day}{{% endmacro %}}{probe.template.source}"
-        template = ChatTemplate(source, probe.tokenizer, from_tokenizer=False)
-        written.append(template.render(_conversation(1)))
+        dated = _Probe(ChatTemplate(source, probe.tokenizer, from_tokenizer=False))
+        written.append([dated.render(_conversation(n, system)) for n in (1, 2, 5) for system in (False, True)])
     if written[0] == written[1]:
         return None
     return "dates: the day on which a prompt is rendered (strftime_now) is written into it"
@@ -224,7 +224,7 @@ def _drops_thinking(probe: _Probe) -> str | None:
         messages = _conversation(3)
         messages[1]["content"] = f"{before}\nMarker-INNER\n{after}\n\n{messages[1]['content']}"
         text = probe.render(messages)
-        if text is not None and "Marker-INNER" not in text:
+        if text is not None and "Marker-INNER" not in text and MARKERS["assistant"][0] in text:
             dropped.append(f"{before}…{after}")
     if not dropped:
         return None
