@@ -143,6 +143,21 @@ THINKING_OPENED = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"""
 
+# Asks for an answer behind an empty thought, which it writes nowhere else.
+EMPTY_THOUGHT = """\
+{%- for message in messages %}
+    {{- '<start_of_turn>' + message.role + '\\n' + message.content + '<end_of_turn>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<start_of_turn>assistant\\n<|channel>thought\\n<channel|>' }}{%- endif %}"""
+
+# Opens a thought, and writes of thoughts no more than their end.
+CLOSED_THOUGHT = """\
+{%- for message in messages %}
+    {{- '<start_of_turn>' + message.role }}
+    {{- '</think>' if message.role == 'assistant' }}{{- message.content + '<end_of_turn>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<start_of_turn>assistant<think>' }}{%- endif %}"""
+
 # Writes `reasoning_content` of the last answer alone, as thinking models' templates do, and tools as JSON.
 REASONING_AND_TOOLS = """\
 {%- if tools %}

@@ -185,6 +185,38 @@ def test_thoughts_without_line_breaks_follow_an_opened_tag(tokenizer):
     assert trained == "hm</think>yes<|im_end|>\n"
 
 
+@pytest.mark.parametrize("answer", ["yes", "<b>yes</b>"])
+def test_answers_without_thoughts_are_learned_behind_the_empty_one_that_asks_for_them(answer):
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<|channel>", "<channel|>", "<think>", "</think>"])
+    messages = [QUESTION, {"role": "assistant", "content": answer}, QUESTION, {"role": "assistant", "content": "no"}]
+
+    encoder = encoder_for("EMPTY_THOUGHT", tokenizer)
+    check_prompts(encoder, messages)
+    first, second = samples_of(encoder, messages)
+    assert first[0].endswith(f"<start_of_turn>assistant\n<|channel>thought\n<channel|>{answer}<end_of_turn>\n")
+    assert second[0].count("<|channel>") == 1
+    assert [trained for _, trained in (first, second)] == [f"{answer}<end_of_turn>\n", "no<end_of_turn>\n"]
+
+    encoder = encoder_for("CLOSED_THOUGHT", tokenizer)
+    check_prompts(encoder, messages)
+    assert [trained for _, trained in samples_of(encoder, messages)] == [
+        f"</think>{answer}<end_of_turn>",
+        "</think>no<end_of_turn>",
+    ]
+    # What thinks after all is not learned behind a thought that is over.
+    thinking = {"role": "assistant", "content": "<|channel>thought\nhm<channel|>yes"}
+    with pytest.raises(ConversationError, match="does not write this conversation as it continues it"):
+        samples_of(encoder_for("EMPTY_THOUGHT", tokenizer), [QUESTION, thinking])
+
+
+def test_the_key_that_a_template_reads_thoughts_from_is_named(tokenizer):
+    source = chat_templates.CHATML.replace("+ message['content']", "+ (message.reasoning or '') + message['content']")
+    encoder = Encoder(tokenizer, ChatTemplate(source, tokenizer, from_tokenizer=False))
+    with pytest.raises(ConversationError, match="put it into reasoning, which the template reads"):
+        samples_of(encoder, [QUESTION, {"role": "assistant", "content": "yes", "reasoning_content": "hm"}])
+
+
 def test_a_template_that_writes_no_calls_is_said_to_leave_them_out(tokenizer):
     encoder = encoder_for("HEADERS_TRIMMED", tokenizer)
     with pytest.raises(ConversationError, match="leaves out the assistant's call of look_up"):

@@ -30,7 +30,8 @@ PROBE_TOOL = {
 PROBE_ARGUMENTS = {"word": "Probe-Epsilon-5"}
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 OPENING_TAG = re.compile(r"(?:<\w+>|\[[A-Z]+\])(?=\s*\Z)")
-END_OF_THINKING = re.compile(r"</\w+>|\[/[A-Z]+\]|<\|?\w*(?:end|END)\w*\|?>")
+END_OF_THINKING = re.compile(r"</\w+>|\[/[A-Z]+\]|<\|?\w*(?:end|END)\w*\|?>|<\w+\|>")
+EMPTY_THOUGHT = re.compile(rf"\s*(<[^<>]+>|\[[A-Z]+\])\w*\s*({END_OF_THINKING.pattern})\s*")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,12 @@ class ChatTemplate:
         """
         check_messages(messages, continue_final_message=continue_final_message)
         if tools and not self._writes_tools:
-            raise ConversationError("the row has tools, of which the chat template writes nothing")
+            named = self.tokenizer.chat_template
+            others = [name for name in named if name != "default"] if isinstance(named, dict) else []
+            raise ConversationError(
+                "the row has tools, of which the chat template writes nothing"
+                + (f"; give the tokenizer's template {others[0]} as prompt_format.chat_template" if others else "")
+            )
         return self._apply(
             self._visible(messages),
             tools=list(tools) if tools else None,
@@ -158,11 +164,8 @@ class ChatTemplate:
 
     def _turn(self, prompt: str, whole: str, messages: Sequence[Message]) -> Turn:
         """Cut a turn out of the conversation that it ends, and check that all that was said is in it."""
-        *before, message = messages
-        cut: Turn | None = None
-        if whole.startswith(prompt):
-            cut = Turn(prompt, whole[len(prompt) :], weight_of(message))
-        turn = cut or _with_thinking(prompt, whole, message) or _behind_last(prompt, whole, before, message)
+        message = messages[-1]
+        turn = self._cut(prompt, whole, messages)
         if turn is None:
             raise self._disagreement(prompt, whole, message)
         said = message.get("content") or ""
@@ -176,15 +179,49 @@ class ChatTemplate:
             turn = restored
         reasoning = next((message[key] for key in REASONING_KEYS if message.get(key)), "")
         if not _holds(turn.completion, reasoning):
+            others = [key for key in REASONING_KEYS if key not in message and key in self.source]
             raise ConversationError(
-                f"the chat template leaves out the assistant's reasoning ({reasoning[:60]!r}); put it into content, "
-                "between the tags that the model thinks in"
+                f"the chat template leaves out the assistant's reasoning ({reasoning[:60]!r}); put it into "
+                + (f"{others[0]}, which the template reads" if others else "content, between the tags of thoughts")
             )
         for call in message.get("tool_calls") or ():
             name = (call.get("function") or call).get("name", "")
             if name not in turn.completion:
                 raise ConversationError(f"the chat template leaves out the assistant's call of {name}")
         return turn
+
+    def _cut(self, prompt: str, whole: str, messages: Sequence[Message]) -> Turn | None:
+        """Find what the model has to produce behind a prompt, in the text of the conversation that it ends."""
+        *before, message = messages
+        if whole.startswith(prompt):
+            return Turn(prompt, whole[len(prompt) :], weight_of(message))
+        return (
+            _with_thinking(prompt, whole, message)
+            or _behind_last(prompt, whole, before, message)
+            or self._behind_empty_thought(prompt, whole, message)
+        )
+
+    def _behind_empty_thought(self, prompt: str, whole: str, message: Message) -> Turn | None:
+        """Cut a turn that does not think out of its conversation, or return None.
+
+        Some prompts end in an empty thought to ask for such an answer, and conversations do not show it (Gemma 4), or
+        only its end (DeepSeek V3.2). What is shared up to there ends between two tokens: tags begin alike.
+        """
+        asked, written = self.tokenizer([prompt, whole], add_special_tokens=False, verbose=False)["input_ids"]
+        shared = self.tokenizer.decode(
+            asked[: common_prefix_length(asked, written)], clean_up_tokenization_spaces=False
+        )
+        if not (prompt.startswith(shared) and whole.startswith(shared)):
+            return None  # the tokenizer does not keep text as it is
+        thought, completion = prompt[len(shared) :], whole[len(shared) :]
+        if closed := EMPTY_THOUGHT.fullmatch(thought):
+            tag, completion = closed[1], completion.removeprefix(closed[2])
+        elif (opened := OPENING_TAG.fullmatch(thought.strip())) and completion.startswith(_closing(opened[0])):
+            tag = opened[0]
+        else:
+            return None
+        thinks = tag in (message.get("content") or "")
+        return None if thinks else Turn(prompt, completion, weight_of(message), is_as_written=False)
 
     @cached_property
     def _has_marks(self) -> bool:
@@ -226,11 +263,11 @@ class ChatTemplate:
         if self._can_continue(PROBES[1]):
             return ConversationError(f"the chat template does not write this conversation as it continues it: {where}")
         if (tag := OPENING_TAG.search(prompt)) and self._can_continue(
-            f"{tag[0]}\n{PROBES[2]}\n{tag[0][0]}/{tag[0][1:]}\n\n{PROBES[1]}"
+            f"{tag[0]}\n{PROBES[2]}\n{_closing(tag[0])}\n\n{PROBES[1]}"
         ):
             return ConversationError(
                 f"the chat template's generation prompt opens {tag[0]}, and this answer does not think: "
-                f"{(message['content'] or '')[:60]!r}. Begin it with {tag[0]}, or write the format out as "
+                f"{(message.get('content') or '')[:60]!r}. Begin it with {tag[0]}, or write the format out as "
                 "generation_config.prompt_format with a trailing_assistant that opens nothing"
             )
         return PromptFormatError(
@@ -247,7 +284,7 @@ class ChatTemplate:
             prompt, whole = self.render(question, True), self.render([*question, message], False)
         except ConversationError:
             return False
-        return whole.startswith(prompt) or _with_thinking(prompt, whole, message) is not None
+        return self._cut(prompt, whole, [*question, message]) is not None
 
     def _find_stray_suffix(self) -> str:
         """Find text after a finished assistant turn that is not there once the conversation goes on.
@@ -302,6 +339,11 @@ def _with_arguments(call: Mapping[str, Any], as_mapping: bool) -> dict[str, Any]
     if not as_mapping and isinstance(arguments, Mapping):
         return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
     return dict(call)
+
+
+def _closing(tag: str) -> str:
+    """Give the tag that closes what a tag opens: `</x>`, `[/X]`."""
+    return f"{tag[0]}/{tag[1:]}"
 
 
 def _holds(text: str, part: str) -> bool:

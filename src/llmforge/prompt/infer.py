@@ -104,14 +104,14 @@ class _Probe:
         """Render, without what the template writes ahead of a turn that nobody asked for; None where it refuses."""
         try:
             text = self.template.render(messages, ask, tools)
-        except ConversationError:
+        except (ConversationError, PromptFormatError):
             return None
         return text if ask else text.removesuffix(self.template.stray_suffix)
 
     def refusal(self, messages: Sequence[Message]) -> str:
         try:
             self.template.render(messages)
-        except ConversationError as error:
+        except (ConversationError, PromptFormatError) as error:
             return str(error)
         return ""
 
@@ -299,8 +299,9 @@ def _trims_some(probe: _Probe) -> str | None:
     answers = {role: answer for role, answer in answers.items() if answer}
     if len(set(answers.values())) <= 1 and "in part" not in answers.values():
         return None
+    alike = "is trimmed in part around" if set(answers.values()) == {"in part"} else "is not trimmed alike around"
     return (
-        "white space: it is not trimmed around the content of all messages alike ("
+        f"white space: it {alike} the content of messages ("
         + ", ".join(f"{role}: {answer}" for role, answer in answers.items())
         + ")"
     )
