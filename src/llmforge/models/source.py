@@ -154,7 +154,7 @@ def check_weights(directory: Path, *, key: str, allow_pickle_weights: Sequence[s
     if (directory / PICKLE).is_file():
         pickles = [PICKLE]
     elif (directory / PICKLE_INDEX).is_file():
-        pickles = [shard.name for shard in _shards(directory / PICKLE_INDEX, key)]
+        pickles = _shard_names(directory / PICKLE_INDEX, key)
     else:
         raise ModelError(
             f"{key}: {directory} has no weights; expected model.safetensors or model.safetensors.index.json, found "
@@ -168,15 +168,22 @@ def check_weights(directory: Path, *, key: str, allow_pickle_weights: Sequence[s
             "loaded. Convert them to safetensors (model.save_pretrained does), or, if you trust where they come from, "
             f"allow them by name: allow_pickle_weights: [{', '.join(refused)}]"
         )
+    if pickles != [PICKLE]:
+        _shards(directory / PICKLE_INDEX, key)  # from the hub they come only where they are allowed
     return tuple(pickles)
+
+
+def _shard_names(index: Path, key: str) -> list[str]:
+    """Give the names of the weight files in an index. Raises ModelError when it is damaged."""
+    weight_map = _read_object(index, key).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(f"{key}: {index} has no weight_map from tensors to files; copy or download the model again")
+    return sorted(set(weight_map.values()))
 
 
 def _shards(index: Path, key: str) -> list[Path]:
     """Give the weight files that an index names. Raises ModelError when one is missing or the index is damaged."""
-    weight_map = _read_object(index, key).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ModelError(f"{key}: {index} has no weight_map from tensors to files; copy or download the model again")
-    names = sorted(set(weight_map.values()))
+    names = _shard_names(index, key)
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise ModelError(
