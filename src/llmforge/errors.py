@@ -13,6 +13,7 @@
         ├── NonFiniteLossError       the loss or the gradient became NaN or infinite
         ├── ProofError               what would be served is not what was trained
         └── Interrupted              someone pressed ctrl-C; the run can be resumed (exit code 130)
+            └── DownloadInterrupted  someone pressed ctrl-C while files were downloaded
 
 Messages say what was given, what is allowed and what to change. This module imports nothing.
 """
@@ -85,3 +86,7 @@ class Interrupted(RunError):  # noqa: N818 - not an error of anyone's
     """The user interrupted the run; its last checkpoint can be resumed."""
 
     exit_code = 130
+
+
+class DownloadInterrupted(Interrupted):
+    """The user interrupted a download; it goes on in the background until the program ends."""

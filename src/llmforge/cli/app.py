@@ -1,6 +1,7 @@
 """The commands and their options, and how an error becomes an exit code."""
 
 import json
+import os
 import shutil
 import sys
 import textwrap
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from llmforge import __version__
-from llmforge.errors import InputError, Interrupted, LlmforgeError
+from llmforge.errors import DownloadInterrupted, InputError, Interrupted, LlmforgeError
 
 if TYPE_CHECKING:
     from llmforge.export.proof import Proof
@@ -298,12 +299,19 @@ def main() -> NoReturn:
     """Run the console script; exit with 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted."""
     try:
         app(prog_name="llmforge")
+    except DownloadInterrupted as error:
+        if sys.stderr.isatty():
+            print("\r\x1b[J", end="", file=sys.stderr)  # over what is left of the progress bars
+        _print_error(error)
+        sys.stdout.flush()
+        os._exit(error.exit_code)  # sys.exit would wait until the threads have downloaded their files
     except LlmforgeError as error:
         _print_error(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # how typer ends on ctrl-C, without a word
+            print("interrupted", file=sys.stderr)
+        raise
     except Exception:  # nobody's mistake but ours: the trace says where, but not what is in HF_TOKEN
         from llmforge.jobs.events import redact
 
