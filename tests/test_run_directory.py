@@ -139,6 +139,28 @@ def test_atomic_directory_replaces_as_a_whole(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["artifact"]
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664), (0o077, 0o600)])
+def test_files_that_a_library_made_private_get_the_mode_of_new_files(umask: int, mode: int, tmp_path: Path) -> None:
+    """Such as safetensors' own. Links keep pointing at what is not ours to change."""
+    program = (
+        "import os, sys\nfrom pathlib import Path\nimport numpy\nfrom safetensors.numpy import save_file\n"
+        "from llmforge.atomic import atomic_directory\n"
+        f"os.umask({umask})\n"
+        "with atomic_directory(Path(sys.argv[1])) as partial:\n"
+        "    (partial / 'sub').mkdir()\n"
+        "    save_file({'a': numpy.zeros(3)}, partial / 'sub' / 'model.safetensors')\n"
+        "    (partial / 'text').write_text('1')\n"
+        "    (partial / 'script').touch(mode=0o700)\n"
+        "    (partial / 'link').symlink_to(sys.argv[2])\n"
+    )
+    path, private = tmp_path / "artifact", tmp_path / "private"
+    private.touch(mode=0o600)
+    subprocess.run([sys.executable, "-c", program, str(path), str(private)], check=True)
+    modes = {entry.name: entry.lstat().st_mode & 0o777 for entry in path.rglob("*") if entry.is_file()}
+    assert modes == {"model.safetensors": mode, "text": mode, "script": mode | 0o100 | 0o600, "link": 0o777}
+    assert private.stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
 def test_a_failed_block_leaves_the_old_directory(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "artifact"

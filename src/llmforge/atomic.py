@@ -44,6 +44,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling directory that becomes `path` when the block ends, and vanishes when it fails.
 
     An older directory at `path` is replaced as a whole. One writer at a time: what a killed writer left is swept away.
+    Its files get the mode that this user's new files have: some writers (safetensors) make them private.
     Raises OutputError when the disk is full, read-only or not writable.
     """
     partial = path.with_name(f".{path.name}{_PARTIAL}")
@@ -54,8 +55,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir()
+        mode = partial.stat().st_mode & 0o666  # the umask has been applied to it, and reading the umask would set it
     try:
         yield partial
+        _open_up(partial, mode)
         _flush_tree(partial)
     except BaseException as error:
         full = _is_full(error, path.parent)  # judged before the cleaning up gives the space back
@@ -123,6 +126,13 @@ def _full_message(path: Path) -> str:
         f"the disk that holds {path.parent} is full ({free / 1e6:,.1f} MB free) and {path.name} could not be written; "
         "free some space or set output_dir to a larger disk. What was there before is untouched"
     )
+
+
+def _open_up(directory: Path, mode: int) -> None:
+    for folder, _, names in os.walk(directory):
+        for path in (Path(folder, name) for name in names):
+            if not path.is_symlink() and path.stat().st_mode & mode != mode:
+                path.chmod(path.stat().st_mode | mode)
 
 
 def _flush_tree(directory: Path) -> None:
