@@ -21,6 +21,7 @@ from llmforge.errors import ModelError
 from llmforge.models.adapter import add_lora, is_tied, merge
 from llmforge.models.load import load_base_model, quiet
 from llmforge.models.merge import merge_adapter, servability
+from llmforge.models.rope import add_old_rope_keys
 from llmforge.models.source import ModelSource
 from tiny_runs import environment, plain_python
 
@@ -248,6 +249,7 @@ import peft, torch, transformers
 from llmforge.models.adapter import merge
 from llmforge.models.load import load_base_model, quiet
 from llmforge.models.merge import merge_adapter
+from llmforge.models.rope import add_old_rope_keys
 from llmforge.models.source import ModelSource
 
 def held():
@@ -394,3 +396,68 @@ def test_plain_lora_can_be_served(tmp_path: Path) -> None:
     os.truncate(tmp_path / "adapter" / "adapter_model.safetensors", 100)
     with pytest.raises(ModelError, match="not a whole safetensors file"):
         servability(tmp_path / "adapter")
+
+
+# --- RoPE in the old words --------------------------------------------------------------------------------------------
+
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
+LAYERED = {"sliding_attention": PLAIN, "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}
+LINEAR = {"rope_type": "linear", "factor": 8.0, "type": "linear"}
+
+ROPES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "theta": (
+        transformers.Qwen3Config(rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+        {"rope_theta": 1e6},
+    ),
+    "scaled": (
+        transformers.LlamaConfig(rope_parameters={**LLAMA3, "rope_theta": 5e5}),
+        {"rope_theta": 5e5, "rope_scaling": {**LLAMA3, "type": "llama3"}},
+    ),
+    "a part of each head": (
+        transformers.PhiConfig(rope_parameters={**PLAIN, "partial_rotary_factor": 0.4}),
+        {"rope_theta": 1e4, "partial_rotary_factor": 0.4},
+    ),
+    "two kinds of layers": (
+        transformers.Gemma3TextConfig(rope_parameters=LAYERED),
+        {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": LINEAR},
+    ),
+    "text beside images": (
+        transformers.Gemma3Config(text_config={"rope_parameters": LAYERED}),
+        {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": LINEAR},
+    ),
+    # With rope_scaling beside it, transformers would take that for all layers.
+    "what the old words cannot say": (
+        transformers.Gemma4TextConfig(),
+        {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "partial_rotary_factor": 0.25},
+    ),
+    "no rotation": (transformers.GPT2Config(), {}),
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_old_rope_keys_say_the_same_and_change_nothing(name: str, tmp_path: Path) -> None:
+    config, expected = ROPES[name]
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+
+    def text() -> dict[str, Any]:
+        whole = json.loads(path.read_text())
+        return whole.get("text_config", whole)
+
+    def as_read() -> Any:
+        rope = getattr(transformers.AutoConfig.from_pretrained(tmp_path).get_text_config(), "rope_parameters", {})
+        for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+            part.pop("type", None)
+        return rope
+
+    old, read = text(), as_read()
+    add_old_rope_keys(tmp_path)
+    new = text()
+    assert {key: new[key] for key in old} == old
+    assert {key: new[key] for key in new.keys() - old.keys()} == expected
+    assert as_read() == read
+    once = path.read_bytes()
+    add_old_rope_keys(tmp_path)
+    assert path.read_bytes() == once

@@ -20,6 +20,7 @@ from llmforge.export.proof import FILE_NAME as PROOF
 from llmforge.export.proof import unproven_record
 from llmforge.models.load import as_plain_directory, load_tokenizer, quiet
 from llmforge.models.merge import INDEX, merge_adapter
+from llmforge.models.rope import add_old_rope_keys
 from llmforge.models.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelSource, check_weights
 from llmforge.models.trained import find_base_model, is_adapter
 from llmforge.prompt import Encoder, PromptFormat, StopRules, chat_template_of, load_format
@@ -96,6 +97,7 @@ class Trained:
                 _copy_weights(path, directory / path.name, dtype)
             if dtype is not None:
                 _note_dtype(directory, dtype)
+        add_old_rope_keys(directory, trust_remote_code=self.trust_remote_code)
 
     def write_for_gguf(self, directory: Path) -> None:
         """Write the merged model as llama.cpp's converter and Ollama's have to find it, to become a GGUF file.
