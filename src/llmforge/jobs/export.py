@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmforge.errors import InputError
+from llmforge.jobs.manifest import read_manifest
 from llmforge.jobs.run import find_artifact
 from llmforge.jobs.run_directory import RunDirectory, safe_name
 
@@ -49,6 +50,7 @@ def export(run: Path, format: str, to: Path, *, dtype: str | None = None, name: 
         options |= {
             "name": safe_name(name or parent.name),
             "context_length": config.context_length,
+            "context_limit": config.context_length if _is_given(parent, "context_length") else None,
             "trust_remote_code": config.trust_remote_code,
             "allow_pickle_weights": tuple(config.allow_pickle_weights),
         }
@@ -58,3 +60,10 @@ def export(run: Path, format: str, to: Path, *, dtype: str | None = None, name: 
     notes = write_target(format, trained, to.resolve())
     files = sorted(str(path.relative_to(to)) for path in to.rglob("*") if path.is_file())
     return Exported(format, str(to), files, notes)
+
+
+def _is_given(run: Path, key: str) -> bool:
+    """Say whether a run's user gave a value of its config; one that was derived is not theirs."""
+    manifest = RunDirectory(run).manifest
+    origins = read_manifest(manifest).get("origins", {}) if manifest.is_file() else {}
+    return key in origins and not origins[key].startswith("derived")

@@ -15,6 +15,7 @@ from llmforge.prompt.format import PLACEHOLDER
 
 RAYLLM, RAY_SERVE, RAY_SERVE_LORA = "rayllm.yaml", "ray_serve_llm.yaml", "ray_serve_llm_lora.yaml"
 ACCELERATOR = "A10G"
+CONTEXT, MOST_STOPS = 2048, 8  # RayLLM's own default, and its limit
 MODEL = "/path/on/every/node/model"
 PLACEHOLDERS = [
     f"Placeholders: {MODEL} is where every node finds the directory model/ beside this file,",
@@ -44,7 +45,11 @@ def write(trained: Trained, directory: Path) -> list[str]:
 
 
 def rayllm_config(trained: Trained) -> dict[str, Any]:
-    """Build RayLLM's model YAML, every value of the prompt format written out."""
+    """Build RayLLM's model YAML, every value of the prompt format written out.
+
+    Raises:
+        PromptFormatError: RayLLM cannot express the format or what ends an answer.
+    """
     resource = {f"accelerator_type_{ACCELERATOR.lower()}": 0.01}
     return {
         "deployment_config": {
@@ -57,11 +62,10 @@ def rayllm_config(trained: Trained) -> dict[str, Any]:
             "hf_model_id": MODEL,
             "type": "VLLMEngine",
             "engine_kwargs": {"trust_remote_code": trained.trust_remote_code},
-            "max_total_tokens": trained.context_length or 2048,
+            "max_total_tokens": trained.context_limit or max(CONTEXT, trained.context_length or 0),
             "generation": {
                 "prompt_format": rayllm_prompt_format(trained.plain_format(), own_bos(trained.encoder.tokenizer)),
-                "stopping_sequences": trained.stop_texts(),
-                "stopping_tokens": list(trained.stop.token_ids),
+                "stopping_sequences": rayllm_stops(trained.stop_texts()),
                 "generate_kwargs": _sampling(trained),
             },
         },
@@ -73,6 +77,28 @@ def rayllm_config(trained: Trained) -> dict[str, Any]:
             "resources_per_worker": resource,
         },
     }
+
+
+def rayllm_stops(texts: list[str]) -> list[str]:
+    """Give the texts that end an answer, if RayLLM can look for them (`rayllm/backend/server/models.py`).
+
+    Raises:
+        PromptFormatError: it takes a number for a token id, or there are more than it allows.
+    """
+    if len(texts) > MOST_STOPS:
+        raise PromptFormatError(f"RayLLM allows {MOST_STOPS} stopping sequences, and this model has {len(texts)}")
+    numbers = [text for text in texts if _is_number(text)]
+    if numbers:
+        raise PromptFormatError(f"RayLLM takes the stopping sequence {numbers[0]!r} for a token id")
+    return texts
+
+
+def _is_number(text: str) -> bool:
+    try:
+        int(text)
+    except ValueError:
+        return False
+    return True
 
 
 def rayllm_prompt_format(format: PromptFormat, tokenizer_bos: str) -> dict[str, Any]:
@@ -158,7 +184,7 @@ def _application(llm_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _engine_kwargs(trained: Trained) -> dict[str, Any]:
-    limits = {} if trained.context_length is None else {"max_model_len": trained.context_length}
+    limits = {} if trained.context_limit is None else {"max_model_len": trained.context_limit}
     return {**limits, **({"trust_remote_code": True} if trained.trust_remote_code else {})}
 
 

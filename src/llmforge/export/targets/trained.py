@@ -36,7 +36,8 @@ class Trained:
     """An artifact, and what is wanted of it.
 
     `name` is what servers call the model. `dtype` is that of merged weights, None for the one they have.
-    `context_length` is what it was trained with, where that is known.
+    `context_length` is what it was trained with, where that is known. `context_limit` is what servers are to allow, if
+    anybody said so: a length that was derived from short rows is no reason to refuse long prompts.
     """
 
     artifact: Path
@@ -47,6 +48,7 @@ class Trained:
     cache_dir: Path
     dtype: str | None = None
     context_length: int | None = None
+    context_limit: int | None = None
     trust_remote_code: bool = False
     allow_pickle_weights: tuple[str, ...] = ()
 
