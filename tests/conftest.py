@@ -44,13 +44,25 @@ CHATML_TEMPLATE = (
 )
 
 
-def build_tokenizer(vocab_size: int = 512, *, bos: str = "<s>", eos: str = "</s>", chat_template: str | None = None):
-    """Train a byte-level BPE tokenizer that knows the special tokens of the usual formats."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def build_tokenizer(
+    vocab_size: int = 512,
+    *,
+    bos: str = "<s>",
+    eos: str = "</s>",
+    chat_template: str | None = None,
+    split: str | None = None,
+):
+    """Train a byte-level BPE tokenizer that knows the special tokens of the usual formats.
+
+    It splits text as GPT-2 does, or by the regular expression `split`.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
+    first = [] if split is None else [pre_tokenizers.Split(Regex(split), "isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, level]) if first else level
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -77,7 +89,7 @@ def chatml_tokenizer():
     return build_tokenizer(eos="<|im_end|>", chat_template=CHATML_TEMPLATE)
 
 
-def build_model(vocab_size: int, *, tie_word_embeddings: bool = False, seed: int = 0):
+def build_model(vocab_size: int, *, tie_word_embeddings: bool = False, seed: int = 0, rope_parameters=None):
     """Build a random two-layer Llama of about 60,000 parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -93,13 +105,20 @@ def build_model(vocab_size: int, *, tie_word_embeddings: bool = False, seed: int
         max_position_embeddings=512,
         tie_word_embeddings=tie_word_embeddings,
         initializer_range=0.1,
+        rope_parameters=rope_parameters,
     )
     return LlamaForCausalLM(config).float()
 
 
-def save_model(directory: Path, *, tie_word_embeddings: bool = False, chat_template: str | None = CHATML_TEMPLATE):
+def save_model(
+    directory: Path,
+    *,
+    tie_word_embeddings: bool = False,
+    chat_template: str | None = CHATML_TEMPLATE,
+    split: str | None = None,
+):
     """Save a tiny model with its tokenizer as a plain Hugging Face directory."""
-    tokenizer = build_tokenizer(eos="<|im_end|>", chat_template=chat_template)
+    tokenizer = build_tokenizer(eos="<|im_end|>", chat_template=chat_template, split=split)
     model = build_model(len(tokenizer), tie_word_embeddings=tie_word_embeddings)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

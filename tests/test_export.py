@@ -28,19 +28,29 @@ from llmforge.export.targets import rayllm, vllm
 from llmforge.export.targets.ollama import parameters, quote
 from llmforge.export.targets.trained import Trained
 from llmforge.jobs.export import export
+from llmforge.jobs.prove import prove
+from llmforge.models.load import save_tokenizer
 from llmforge.prompt import Encoder, PromptFormat, StopRules, build_format
 from llmforge.prompt.go_template import changed_by_ollama, text_in_ollama
 from llmforge.serve.engine import Engine
 from test_card import FACTS
 from test_prompt_real_tokenizers import load as load_tokenizer
 from tiny_runs import LORA, command, run_here, tree
+from tokenizer_families import FAMILIES
 
 QUESTION = [{"role": "user", "content": "What does red mean?"}]
+OPTIONS = {"temperature": 0.7, "repetition_penalty": 1.1, "max_new_tokens": 50}
+# Qwen2's way of splitting text, which Ollama's converter knows.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
-def write_artifact(directory, base, *, format="chatml", sequences=(), options=None, lora=None, shards=None):
+def write_artifact(
+    directory, base, *, format="chatml", sequences=(), options=None, lora=None, shards=None, tokenizer=None
+):
     """Write an artifact of random changes to a base model: an adapter, or whole weights if `lora` is False."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(base)
     section = PROMPT_FORMATS[format] if isinstance(format, str) else format
     encoder = Encoder(tokenizer, build_format(section, tokenizer))
     stop = StopRules.derive(encoder, sequences, [])
@@ -60,8 +70,7 @@ def write_artifact(directory, base, *, format="chatml", sequences=(), options=No
 def adapter(tmp_path_factory, model_dir):
     """An adapter with a stop sequence that is no token, trained in ChatML."""
     directory = tmp_path_factory.mktemp("artifacts") / "colours"
-    options = {"temperature": 0.7, "repetition_penalty": 1.1, "max_new_tokens": 50}
-    return write_artifact(directory, model_dir, sequences=("<|im_end|>", "\n\nUser:"), options=options)
+    return write_artifact(directory, model_dir, sequences=("<|im_end|>", "\n\nUser:"), options=OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +79,32 @@ def whole(tmp_path_factory, tied_model_dir):
     return write_artifact(tmp_path_factory.mktemp("whole") / "w", tied_model_dir, lora=False, shards="60KB")
 
 
+@pytest.fixture(scope="module")
+def split_dir(tmp_path_factory):
+    """A tiny Llama whose tokenizer Ollama's converter knows."""
+    return save_model(tmp_path_factory.mktemp("split"), split=SPLIT)
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory, split_dir):
+    """An adapter like `adapter`, on a model whose tokenizer Ollama's converter knows."""
+    directory = tmp_path_factory.mktemp("known") / "colours"
+    return write_artifact(directory, split_dir, sequences=("<|im_end|>", "\n\nUser:"), options=OPTIONS)
+
+
 @pytest.fixture
 def no_converter(monkeypatch):
     monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+
+
+def save_sentencepiece(directory, family, new=()):
+    """Save a tiny Llama with a tokenizer of one of Llama's families, and what stands for SentencePiece's own file."""
+    tokenizer = FAMILIES[family]()
+    build_model(len(tokenizer) + len(new)).save_pretrained(directory)
+    save_tokenizer(tokenizer, directory)
+    (directory / "tokenizer.model").write_bytes(b"pieces")
+    return directory
 
 
 def logits(model, tokenizer):
@@ -148,6 +179,38 @@ def test_merged_in_another_number_format(artifact, tmp_path, request):
         original = transformers.AutoModelForCausalLM.from_pretrained(source).state_dict()
         for name, tensor in tensors.items():
             assert torch.equal(tensor, original[name].to(torch.bfloat16))
+
+
+SCALED = {"rope_theta": 250_000.0, "rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize("lora", [None, False], ids=["adapter", "whole"])
+@pytest.mark.parametrize("rope", [{"rope_theta": 500_000.0, "rope_type": "default"}, SCALED], ids=["theta", "scaled"])
+def test_merged_says_rope_in_the_old_words_too(rope, lora, tmp_path):
+    base = tmp_path / "base"
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(base)
+    build_model(len(tokenizer), rope_parameters=rope).save_pretrained(base)
+    artifact = write_artifact(tmp_path / "a", base, lora=lora)
+    export(artifact, "merged", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == rope["rope_theta"]
+    scaling = config.get("rope_scaling", {})
+    assert scaling == ({"rope_type": "linear", "type": "linear", "factor": 4.0} if rope is SCALED else {})
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(base if lora is None else artifact)
+    if lora is None:
+        reference = peft.PeftModel.from_pretrained(reference, artifact)
+    torch.testing.assert_close(logits(loaded, tokenizer), logits(reference, tokenizer), atol=1e-5, rtol=1e-5)
+
+
+def test_everyone_can_read_what_everyone_can_list(adapter, tmp_path):
+    export(adapter, "vllm", tmp_path / "adapter")
+    export(adapter, "merged", tmp_path / "merged")
+    expected = (tmp_path / "merged").stat().st_mode & 0o666
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix == ".safetensors"]) == 2
+    assert {path.stat().st_mode & 0o777 for path in files} == {expected}
 
 
 def test_the_card_of_a_merged_model_is_its_own():
@@ -268,8 +331,8 @@ def read_modelfile(text):
     return commands
 
 
-def test_modelfile(adapter, tmp_path, no_converter):
-    export(adapter, "ollama", tmp_path / "out")
+def test_modelfile(known, tmp_path, no_converter):
+    export(known, "ollama", tmp_path / "out")
     (source, template, *parameters) = read_modelfile((tmp_path / "out" / "Modelfile").read_text(encoding="utf-8"))
     assert source == ("FROM", "./model")
     assert parameters == [
@@ -292,8 +355,8 @@ def test_modelfile(adapter, tmp_path, no_converter):
     ]
 
 
-def test_modelfile_of_a_chat_template_is_inferred(model_dir, tmp_path, no_converter):
-    artifact = write_artifact(tmp_path / "a", model_dir, format={"use_hf_chat_templates": True})
+def test_modelfile_of_a_chat_template_is_inferred(split_dir, tmp_path, no_converter):
+    artifact = write_artifact(tmp_path / "a", split_dir, format={"use_hf_chat_templates": True})
     export(artifact, "ollama", tmp_path / "out")
     template = dict(read_modelfile((tmp_path / "out" / "Modelfile").read_text()))["TEMPLATE"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(artifact)
@@ -310,13 +373,58 @@ def test_a_chat_template_that_plain_templates_cannot_express_says_why(model_dir,
         export(artifact, "ollama", tmp_path / "out")
 
 
-def test_sentencepieces_own_file_comes_from_the_base_model(model_dir, tmp_path, no_converter):
-    base = shutil.copytree(model_dir, tmp_path / "base")
-    (base / "tokenizer.model").write_bytes(b"pieces")
-    artifact = write_artifact(tmp_path / "a", base)
+def test_sentencepieces_own_file_comes_from_the_base_model(tmp_path, no_converter):
+    """And what transformers added to it from the tokenizer."""
+    base = save_sentencepiece(tmp_path / "base", "Llama, legacy", new=("<turn>", "<end>"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    first = len(tokenizer)
+    tokenizer.add_tokens(["<turn>", "<end>"])
+    artifact = write_artifact(tmp_path / "a", base, tokenizer=tokenizer)
     assert not (artifact / "tokenizer.model").exists()
     export(artifact, "ollama", tmp_path / "out")
     assert (tmp_path / "out" / "model" / "tokenizer.model").read_bytes() == b"pieces"
+    added = json.loads((tmp_path / "out" / "model" / "added_tokens.json").read_text())
+    assert added == {"<turn>": first, "<end>": first + 1}
+
+
+def test_ollamas_converter_is_not_trusted_with_a_tokenizer_that_it_does_not_know(tmp_path, no_converter):
+    """It would take a way of splitting that is nobody's; GPT-2's, which is no expression in the file, included."""
+    for name, split in (("gpt2", None), ("other", r"\p{L}+|\p{N}+|[^\p{L}\p{N}]+")):
+        artifact = write_artifact(tmp_path / name, save_model(tmp_path / f"{name}-base", split=split))
+        with pytest.raises(InputError, match=r"does not know how this tokenizer splits text.* set LLAMA_CPP_DIR"):
+            export(artifact, "ollama", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("family", "possible"), [("Llama, legacy", True), ("Llama", False)])
+def test_ollamas_converter_puts_a_space_behind_special_tokens(family, possible, tmp_path, no_converter):
+    artifact = write_artifact(tmp_path / "a", save_sentencepiece(tmp_path / "base", family), format="mistral")
+    if not possible:
+        with pytest.raises(InputError, match="this tokenizer puts no space behind special tokens"):
+            export(artifact, "ollama", tmp_path / "out")
+        return
+    export(artifact, "ollama", tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "model" / "tokenizer_config.json").read_text())
+    assert settings["add_prefix_space"] is True
+
+
+def test_ollama_gets_no_chat_template_that_it_could_prefer(known, tmp_path, no_converter):
+    export(known, "ollama", tmp_path / "out")
+    model = tmp_path / "out" / "model"
+    assert not list(model.rglob("*.jinja"))
+    assert "chat_template" not in json.loads((model / "tokenizer_config.json").read_text())
+
+
+def test_an_architecture_whose_prompts_ollama_writes_itself_is_refused(tmp_path):
+    tokenizer = build_tokenizer(split=SPLIT)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "vocab_size": len(tokenizer)}
+    config = transformers.Gemma4TextConfig(**sizes, vocab_size_per_layer_input=len(tokenizer), num_kv_shared_layers=0)
+    transformers.Gemma4ForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    artifact = write_artifact(tmp_path / "a", tmp_path / "base", lora=False)
+    with pytest.raises(PromptFormatError, match="Ollama writes the prompts of gemma4_text models itself"):
+        export(artifact, "ollama", tmp_path / "out")
 
 
 def test_quotes_keep_a_value_or_say_that_they_cannot():
@@ -372,13 +480,82 @@ def test_a_file_without_the_chat_template_is_refused(adapter, tmp_path, monkeypa
         export(adapter, "gguf", tmp_path / "out")
 
 
+def test_a_file_that_lost_a_token_is_refused(adapter, tmp_path, monkeypatch):
+    """As llama.cpp's converter writes the tokens that it finds in no file: `[PAD445]`."""
+    trained = opened(adapter)
+    lost = trained.encoder.tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    tokens = [trained.encoder.tokenizer.convert_ids_to_tokens(i) for i in range(len(trained.encoder.tokenizer))]
+    tokens[lost] = f"[PAD{lost}]"
+    program = (
+        "import sys, gguf\n"
+        "writer = gguf.GGUFWriter(sys.argv[sys.argv.index('--outfile') + 1], 'llama')\n"
+        "writer.add_add_bos_token(False)\n"
+        f"writer.add_eos_token_id({trained.end_token()})\n"
+        f"writer.add_chat_template({(adapter / 'chat_template.jinja').read_text()!r})\n"
+        f"writer.add_token_list({tokens!r})\n"
+        "writer.write_header_to_file()\n"
+        "writer.write_kv_data_to_file()\n"
+        "writer.write_tensors_to_file()\n"
+        "writer.close()\n"
+    )
+    stand_in(tmp_path / "c", program, monkeypatch)
+    with pytest.raises(
+        RunError, match=rf"'\[PAD{lost}\]' as token {lost}, but the model was trained with '<|eot_id|>'"
+    ):
+        export(adapter, "gguf", tmp_path / "out")
+
+
+def test_where_a_converter_fails_the_other_route_is_named(known, tmp_path, monkeypatch):
+    stand_in(tmp_path / "c", "raise SystemExit('BPE pre-tokenizer was not recognized')", monkeypatch)
+    with pytest.raises(RunError, match=r"was not recognized\nOllama converts .* export again without LLAMA_CPP_DIR"):
+        export(known, "ollama", tmp_path / "out")
+    unknown = write_artifact(tmp_path / "a", save_model(tmp_path / "base"))
+    with pytest.raises(RunError) as error:
+        export(unknown, "ollama", tmp_path / "out")
+    assert "LLAMA_CPP_DIR" not in str(error.value)
+
+
+@pytest.fixture
+def converter(monkeypatch):
+    """llama.cpp's own converter."""
+    path = Path(os.environ.get("LLMFORGE_CONVERTER") or Path(__file__).parent.parent / ".cache" / "llama-cpp")
+    if not (path / "convert_hf_to_gguf.py").is_file():
+        pytest.skip(f"no converter in {path}: run `make install-converter`, or set LLMFORGE_CONVERTER")
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(path))
+
+
+def gguf_tokenizer(path):
+    fields = gguf.GGUFReader(path).fields.items()
+    return {
+        name.removeprefix("tokenizer."): field.contents() for name, field in fields if name.startswith("tokenizer.")
+    }
+
+
 @pytest.mark.real_tokenizers
-def test_llama_cpps_own_converter(tmp_path, monkeypatch):
+@pytest.mark.parametrize("bos", ["<s>", ""])
+def test_sentencepiece_models_keep_new_tokens_and_the_spaces_of_their_tokenizer(bos, tmp_path, converter):
+    """Mistral's tokenizer puts a space at the beginning of a text alone, and no GGUF file can say that."""
+    directory = Path(load_tokenizer("mistral_v1").name_or_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    build_model(len(tokenizer) + 2).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    shutil.copyfile(directory / "tokenizer.model", tmp_path / "base" / "tokenizer.model")
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
+    keys = {**PROMPT_FORMATS["chatml"], "bos": bos, "system": "{instruction}\n", "default_system_message": "Hm."}
+    artifact = write_artifact(
+        tmp_path / "colours", tmp_path / "base", format=keys, sequences=["<|im_end|>"], tokenizer=tokenizer
+    )
+    exported = export(artifact, "gguf", tmp_path / "out")
+    fields = gguf_tokenizer(tmp_path / "out" / "colours.gguf")
+    assert fields["ggml.tokens"][32000:] == ["<|im_start|>", "<|im_end|>"]
+    assert fields["ggml.eos_token_id"] == 32001
+    assert fields["ggml.add_space_prefix"] is False
+    assert any("this tokenizer puts a space in front of a text" in note for note in exported.notes) == (not bos)
+
+
+@pytest.mark.real_tokenizers
+def test_llama_cpps_own_converter(tmp_path, converter):
     """Llama 3's first release: its EOS is not what ends a turn, and llama.cpp would put a BOS of its own in front."""
-    converter = Path(os.environ.get("LLMFORGE_CONVERTER") or Path(__file__).parent.parent / ".cache" / "llama-cpp")
-    if not (converter / "convert_hf_to_gguf.py").is_file():
-        pytest.skip(f"no converter in {converter}: run `make install-converter`, or set LLMFORGE_CONVERTER")
-    monkeypatch.setenv("LLAMA_CPP_DIR", str(converter))
     tokenizer = load_tokenizer("llama3")
     base = tmp_path / "base"
     build_model(len(tokenizer)).save_pretrained(base)
@@ -388,14 +565,19 @@ def test_llama_cpps_own_converter(tmp_path, monkeypatch):
     assert exported.files == ["Modelfile", "model.gguf"]
     assert dict(read_modelfile((tmp_path / "out" / "Modelfile").read_text()))["FROM"] == "./model.gguf"
 
-    reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
-    fields = {name: field.contents() for name, field in reader.fields.items() if name.startswith("tokenizer.")}
-    assert fields["tokenizer.chat_template"] == (artifact / "chat_template.jinja").read_text()
-    assert fields["tokenizer.ggml.add_bos_token"] is False
-    assert fields["tokenizer.ggml.tokens"][fields["tokenizer.ggml.eos_token_id"]] == "<|eot_id|>"
+    fields = gguf_tokenizer(tmp_path / "out" / "model.gguf")
+    assert "chat_template" not in fields  # which Ollama might prefer over TEMPLATE
+    assert fields["ggml.add_bos_token"] is False
+    assert fields["ggml.tokens"][fields["ggml.eos_token_id"]] == "<|eot_id|>"
+    export(artifact, "gguf", tmp_path / "plain", dtype="bf16")
+    assert gguf_tokenizer(tmp_path / "plain" / "colours.gguf") == {
+        **fields,
+        "chat_template": (artifact / "chat_template.jinja").read_text(),
+    }
     base_model = transformers.AutoModelForCausalLM.from_pretrained(base)
     merged = peft.PeftModel.from_pretrained(base_model, artifact).merge_and_unload().state_dict()
-    (tensor,) = [tensor for tensor in reader.tensors if tensor.name == "blk.1.ffn_up.weight"]
+    tensors = gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors
+    (tensor,) = [tensor for tensor in tensors if tensor.name == "blk.1.ffn_up.weight"]
     up = torch.from_numpy(tensor.data.view("int16").copy()).view(torch.bfloat16)
     assert torch.equal(up, merged["model.layers.1.mlp.up_proj.weight"].to(torch.bfloat16))
 
@@ -512,7 +694,7 @@ def test_rayllm_files(adapter, tmp_path):
     generation = old["engine_config"]["generation"]
     assert generation["prompt_format"]["strip_whitespace"] is False
     assert generation["stopping_sequences"] == ["<|im_end|>", "\n\nUser:"]
-    assert generation["stopping_tokens"] == list(opened(adapter).stop.token_ids)
+    assert "stopping_tokens" not in generation  # which RayLLM does not have
     assert generation["generate_kwargs"] == {"temperature": 0.7, "max_tokens": 50}
     (application,) = yaml.safe_load((tmp_path / "out" / "ray_serve_llm.yaml").read_text())["applications"]
     (config,) = application["args"]["llm_configs"]
@@ -534,11 +716,20 @@ def test_rayllm_is_not_given_a_second_or_a_missing_bos(tmp_path, model_dir):
     assert "ray_serve_llm.yaml" in exported.files
 
 
+@pytest.mark.parametrize(
+    ("sequences", "why"), [(["42"], "'42' for a token id"), ([f"stop {n}" for n in range(9)], "allows 8 stopping")]
+)
+def test_stops_that_rayllm_cannot_express(sequences, why, tmp_path, model_dir):
+    exported = export(write_artifact(tmp_path / "a", model_dir, sequences=sequences), "rayllm", tmp_path / "out")
+    assert "rayllm.yaml" not in exported.files
+    assert any("rayllm.yaml is not written" in note and why in note for note in exported.notes)
+
+
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
 def test_every_target_of_whole_weights(tmp_path, no_converter):
-    base = save_model(tmp_path / "base", tie_word_embeddings=True)
+    base = save_model(tmp_path / "base", tie_word_embeddings=True, split=SPLIT)
     artifact = write_artifact(tmp_path / "colours", base, lora=False)
     for target in ("merged", "ollama", "vllm", "rayllm"):
         exported = export(artifact, target, tmp_path / target)
@@ -557,7 +748,45 @@ def test_the_name_that_the_tokenizer_ends_turns_with_goes_into_the_file():
     assert trained.stop_texts() == ["</s>", "<|eot_id|>"]
 
 
+def test_a_turn_that_ends_in_a_new_token_ends_there_in_a_gguf_file():
+    tokenizer = build_tokenizer(eos="</s>")
+    tokenizer.add_tokens(["<turn>", "<end>"])
+    keys = {role: f"<turn>{role}\n{{instruction}}<end>\n" for role in ("system", "user", "assistant")}
+    encoder = Encoder(tokenizer, PromptFormat(**keys, trailing_assistant="<turn>assistant\n"))
+    stop = StopRules.derive(encoder, ("\n\n", "<end>"), [])
+    trained = Trained(Path(), "x", encoder, stop, transformers.GenerationConfig(), Path())
+    assert tokenizer.convert_ids_to_tokens(trained.end_token()) == "<end>"
+
+
+@pytest.mark.real_tokenizers
+def test_clients_of_llama_cpp_send_every_other_stop(tmp_path, converter):
+    tokenizer = load_tokenizer("llama3")
+    build_model(len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    artifact = write_artifact(tmp_path / "a", tmp_path / "base", format="llama3", sequences=("User:",))
+    notes = export(artifact, "gguf", tmp_path / "out").notes
+    assert any("clients have to send stop: ['User:', '<|end_of_text|>'];" in note for note in notes)
+
+
 # --- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_context_that_was_derived_limits_no_server(data_dir, model_dir, tmp_path):
+    run, _ = run_here(data_dir, model_dir, lora_config=LORA)
+    assert "context_length: 64  # derived" in (run.run_dir / "resolved_config.yaml").read_text()
+    export(run.run_dir, "rayllm", tmp_path / "out")
+    old = yaml.safe_load((tmp_path / "out" / "rayllm.yaml").read_text())
+    assert old["engine_config"]["max_total_tokens"] == 2048
+    assert "max_model_len" not in (tmp_path / "out" / "ray_serve_llm.yaml").read_text()
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+def test_a_merged_run_is_proven_again(lora, data_dir, model_dir, tmp_path):
+    run, _ = run_here(data_dir, model_dir, lora_config=lora)
+    export(run.run_dir, "merged", tmp_path / "merged")
+    assert "rope_theta" in json.loads((tmp_path / "merged" / "config.json").read_text())
+    proof = prove(tmp_path / "merged", data=[str(data_dir / "valid.jsonl")]).proof
+    assert proof.proven, proof.message()
 
 
 def test_a_run_lends_its_name_and_its_context(data_dir, model_dir, tmp_path):
@@ -566,6 +795,7 @@ def test_a_run_lends_its_name_and_its_context(data_dir, model_dir, tmp_path):
     old = yaml.safe_load((tmp_path / "out" / "rayllm.yaml").read_text())
     assert old["engine_config"]["model_id"] == "run"
     assert old["engine_config"]["max_total_tokens"] == 64
+    assert "max_model_len: 64" in (tmp_path / "out" / "ray_serve_llm.yaml").read_text()
     again = export(run.artifact_dir, "rayllm", tmp_path / "again")
     assert tree(tmp_path / "again") == tree(tmp_path / "out")
     assert again.directory == str(tmp_path / "again")

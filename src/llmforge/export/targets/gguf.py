@@ -5,11 +5,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from gguf import GGUFReader
 
 from llmforge.errors import InputError, RunError
 from llmforge.export.targets.trained import Trained
+from llmforge.export.targets.vocabulary import SPACE, Spacing
 from llmforge.prompt import chat_template_of
 
 CONVERTER = "convert_hf_to_gguf.py"
@@ -33,9 +35,17 @@ def write(trained: Trained, directory: Path) -> list[str]:
     file = f"{trained.name}.gguf"
     convert(trained, directory / file, converter)
     notes = [f"`llama-server --jinja -m {file}` serves it with the chat template that the file holds"]
-    if trained.stop_strings():
-        notes.append(f"clients have to send stop: {trained.stop_strings()!r}; a GGUF file holds no stop strings")
-    return notes
+    end = trained.end_token()
+    others = [text for text in trained.stop_texts() if end is None or text != trained.encoder.decode([end])]
+    if others:
+        notes.append(f"clients have to send stop: {others!r}; a GGUF file holds one end token, and no stop strings")
+    return notes + warnings(trained)
+
+
+def warnings(trained: Trained) -> list[str]:
+    """Say what llama.cpp does otherwise with this tokenizer, and no GGUF file can change."""
+    spacing = Spacing.of(trained.encoder)
+    return [spacing.warning] if spacing is not None and spacing.warning else []
 
 
 def find_converter() -> list[str] | None:
@@ -53,31 +63,31 @@ def find_converter() -> list[str] | None:
     return None if found is None else [found]
 
 
-def convert(trained: Trained, file: Path, converter: list[str]) -> None:
-    """Merge the model in a temporary directory beside `file` and convert it.
+def convert(trained: Trained, file: Path, converter: list[str], *, chat_template: bool = True) -> None:
+    """Merge the model in a temporary directory beside `file` and convert it, with or without its chat template.
 
     Raises:
         RunError: the converter fails, or what it wrote is not what the model was trained with.
     """
     merged = file.with_name(f"{file.stem}-merged")
-    trained.write_for_gguf(merged)
+    trained.write_for_gguf(merged, chat_template=chat_template)
     output = ["--outfile", str(file), "--outtype", OUTPUT_TYPES[trained.dtype], "--model-name", trained.name]
     done = subprocess.run([*converter, str(merged), *output], capture_output=True, text=True, errors="replace")
     if done.returncode or not file.is_file():
         said = "\n  ".join((done.stderr or done.stdout).strip().splitlines()[-8:])
         raise RunError(f"llama.cpp's converter could not convert the model; it said:\n  {said}")
     shutil.rmtree(merged)
-    _check(trained, file)
+    _check(trained, file, chat_template)
 
 
-def _check(trained: Trained, file: Path) -> None:
+def _check(trained: Trained, file: Path, chat_template: bool) -> None:
     fields = GGUFReader(file).fields
 
-    def value(name: str) -> object:
+    def value(name: str) -> Any:
         return fields[name].contents() if name in fields else None
 
     expected = {
-        "tokenizer.chat_template": chat_template_of(trained.encoder.format),
+        "tokenizer.chat_template": chat_template_of(trained.encoder.format) if chat_template else None,
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.ggml.eos_token_id": trained.end_token(),
     }
@@ -87,3 +97,23 @@ def _check(trained: Trained, file: Path) -> None:
                 f"the GGUF file has {name} = {value(name)!r:.200}, but the model was trained with {wanted!r:.200}; "
                 "is the converter an old one? Take the current one of llama.cpp"
             )
+    tokens = dict(enumerate(value("tokenizer.ggml.tokens") or []))
+    for token_id, token in trained.encoder.tokenizer.added_tokens_decoder.items():
+        if _plain(tokens.get(token_id, "")) != _plain(token.content):
+            raise RunError(
+                f"the GGUF file has {tokens.get(token_id)!r} as token {token_id}, but the model was trained with "
+                f"{token.content!r}: its text would become other tokens. Serve --format merged or vllm instead"
+            )
+    spacing = Spacing.of(trained.encoder)
+    if spacing is not None and value("tokenizer.ggml.model") == "llama":
+        prefix = value("tokenizer.ggml.add_space_prefix")
+        if spacing.prefix != (prefix is not False):  # llama.cpp takes true for a value that is not there
+            raise RunError(
+                f"the GGUF file has tokenizer.ggml.add_space_prefix = {prefix!r}, but this tokenizer needs "
+                f"{spacing.prefix!r}: text behind special tokens would become other tokens. Serve --format merged or "
+                "vllm instead"
+            )
+
+
+def _plain(token: str) -> str:
+    return token.replace(SPACE, " ")  # as the converter writes it in tokens that are taken out of raw text

@@ -18,7 +18,8 @@ from llmforge.export.artifact import stop_strings
 from llmforge.export.card import merged_card
 from llmforge.export.proof import FILE_NAME as PROOF
 from llmforge.export.proof import unproven_record
-from llmforge.models.load import as_plain_directory, load_tokenizer, quiet
+from llmforge.export.targets.vocabulary import Spacing, new_tokens
+from llmforge.models.load import as_plain_directory, load_tokenizer, quiet, read_facts
 from llmforge.models.merge import INDEX, merge_adapter
 from llmforge.models.rope import add_old_rope_keys
 from llmforge.models.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelSource, check_weights
@@ -26,7 +27,8 @@ from llmforge.models.trained import find_base_model, is_adapter
 from llmforge.prompt import Encoder, PromptFormat, StopRules, chat_template_of, load_format
 from llmforge.prompt.infer import infer_format
 
-CARD, SENTENCEPIECE = "README.md", "tokenizer.model"
+CARD, CHAT_TEMPLATE, TOKENIZER_CONFIG = "README.md", "chat_template.jinja", "tokenizer_config.json"
+SENTENCEPIECE, ADDED_TOKENS = "tokenizer.model", "added_tokens.json"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _OF_THE_ADAPTER = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROOF)  # what a merged model no longer is
 
@@ -81,6 +83,17 @@ class Trained:
         """Read the adapter's own config."""
         return json.loads((self.artifact / ADAPTER_CONFIG).read_text(encoding="utf-8"))
 
+    def model_type(self) -> str:
+        """Give transformers' name of the architecture.
+
+        Raises:
+            ModelError: the base model's or the artifact's config cannot be read.
+        """
+        source = ModelSource(str(self.artifact), self.artifact)
+        if self.is_adapter:
+            source = as_plain_directory(self.base_model(), self.cache_dir)
+        return read_facts(source, trust_remote_code=self.trust_remote_code).architecture
+
     def write_merged(self, directory: Path) -> None:
         """Write whole weights with all that belongs to them: a plain model directory, and again an artifact."""
         directory.mkdir(exist_ok=True)
@@ -101,29 +114,52 @@ class Trained:
                 _note_dtype(directory, dtype)
         add_old_rope_keys(directory, trust_remote_code=self.trust_remote_code)
 
-    def write_for_gguf(self, directory: Path) -> None:
+    def write_for_gguf(self, directory: Path, *, chat_template: bool = True) -> None:
         """Write the merged model as llama.cpp's converter and Ollama's have to find it, to become a GGUF file.
 
         Chat templates write the BOS token, so nothing else may (`add_bos_token`): a server would write it a second
         time, or where the format has none. A GGUF file names one end token, so it has to be the one that ends turns.
-        For some architectures both converters read SentencePiece's own file, which transformers no longer saves.
+        For some architectures both converters read SentencePiece's own file, which transformers no longer saves, and
+        new tokens from `added_tokens.json`, which it does not write either.
+
+        Args:
+            directory: is created.
+            chat_template: whether the file is to hold the chat template.
         """
         self.write_merged(directory)
         (directory / PROOF).unlink(missing_ok=True)  # of other files than these will be
-        original = self.base_model().directory / SENTENCEPIECE if self.is_adapter else self.artifact / SENTENCEPIECE
-        if original.is_file():
-            shutil.copyfile(original, directory / SENTENCEPIECE)
         tokenizer = self.encoder.tokenizer
-        eos = {} if self.end_token() is None else {"eos_token": tokenizer.convert_ids_to_tokens(self.end_token())}
-        _edit_json(directory / "tokenizer_config.json", add_bos_token=False, **eos)
+        if (original := self.sentencepiece_file()) is not None:
+            shutil.copyfile(original, directory / SENTENCEPIECE)
+            text = json.dumps(new_tokens(tokenizer), indent=2, ensure_ascii=False)
+            write_atomically(directory / ADDED_TOKENS, text + "\n")
+        settings: dict[str, Any] = {"add_bos_token": False}
+        if (end := self.end_token()) is not None:
+            settings["eos_token"] = tokenizer.convert_ids_to_tokens(end)
+        if (spacing := Spacing.of(self.encoder)) is not None:
+            settings["add_prefix_space"] = spacing.prefix
+        _edit_json(directory / TOKENIZER_CONFIG, **settings)
+        if not chat_template:
+            (directory / CHAT_TEMPLATE).unlink(missing_ok=True)
+            _edit_json(directory / TOKENIZER_CONFIG, chat_template=None)
+
+    def sentencepiece_file(self) -> Path | None:
+        """Find SentencePiece's own file: beside the base model's weights, or in an artifact of whole weights."""
+        file = (self.base_model().directory if self.is_adapter else self.artifact) / SENTENCEPIECE
+        return file if file.is_file() else None
 
     def end_token(self) -> int | None:
         """Give the token that ends a turn, or the tokenizer's EOS; a template that asks for `eos_token` needs the EOS.
 
+        A turn may end in a token that is not special (`added_tokens`): then it is a stop sequence.
         None: the model has neither.
         """
-        ends = [] if "eos_token" in chat_template_of(self.encoder.format) else self.encoder.stop_token_ids()
-        return next(iter(ends), self.encoder.tokenizer.eos_token_id)
+        eos = self.encoder.tokenizer.eos_token_id
+        if "eos_token" in chat_template_of(self.encoder.format):
+            return eos
+        sequences = [self.encoder.encode_text(sequence) for sequence in self.stop.sequences]
+        named = [ids[0] for ids in sequences if len(ids) == 1 and ids[0] in self.stop.token_ids]
+        return next(iter([*self.encoder.stop_token_ids(), *named]), eos)
 
     def plain_format(self) -> PromptFormat:
         """Give the prompt format as plain templates.
@@ -186,5 +222,7 @@ def _note_dtype(directory: Path, dtype: torch.dtype) -> None:
 
 
 def _edit_json(path: Path, **values: Any) -> None:
+    """Set fields of a JSON file; None takes one out."""
     content = {**json.loads(path.read_text(encoding="utf-8")), **values}
+    content = {name: value for name, value in content.items() if name not in values or value is not None}
     write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
