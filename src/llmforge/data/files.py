@@ -98,7 +98,7 @@ def _find_local(path: str, relative_to: Path) -> list[str]:
         if matches:
             return [_checked(match, os.stat(match).st_size) for match in matches]
     nothing = "no file matches this glob" if glob.has_magic(given) else "this file does not exist"
-    looked = " and ".join(os.path.abspath(candidate) for candidate in candidates)
+    looked = " and ".join(dict.fromkeys(map(os.path.abspath, candidates)))
     raise DataError(f"{nothing} (looked at {looked}); give {ALLOWED}: a path, a glob, a URL, or a list", file=path)
 
 

@@ -121,6 +121,23 @@ def describe_left_out(modules: Mapping[str, str]) -> str | None:
     return f"all-linear leaves out modules that LoRA cannot adapt: {listed}"
 
 
+def describe_unmergeable(model: Any) -> str | None:
+    """Tell the user in one sentence why an adapter will be PEFT's alone to serve; None where it can be merged."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    unfit = [
+        name
+        for name, layer in layers.items()
+        if layer.lora_bias.get("default") and getattr(layer.get_base_layer(), "bias", None) is None
+    ]
+    if not unfit:
+        return None
+    return (
+        f"lora_bias: the base model has no biases in {', '.join(_module_names(unfit))} to which those of the adapter "
+        "could be added, so it cannot be merged, and other servers than PEFT have no biases in adapters. Leave "
+        "lora_bias out to serve the model anywhere"
+    )
+
+
 def check_continuation(model: Any, directory: Path) -> None:
     """Check that a saved adapter fits one that `add_lora` made of the config, without reading its weights.
 
@@ -210,10 +227,7 @@ def subtract_starting_point(directory: Path, start: Mapping[str, torch.Tensor]) 
     weights, settings = directory / ADAPTER_WEIGHTS, directory / ADAPTER_CONFIG
     tensors = load_file(weights)
     for name, first in start.items():
-        if re.search(r"\.lora_(embedding_)?A\b", name):  # (r, in)
-            tensors[name] = torch.cat([tensors[name], first.to(tensors[name])], dim=0)
-        else:  # (out, r)
-            tensors[name] = torch.cat([tensors[name], -first.to(tensors[name])], dim=1).contiguous()
+        tensors[name] = doubled(name, tensors[name], first)
     save_file(tensors, weights, metadata={"format": "pt"})
     config = json.loads(settings.read_text(encoding="utf-8"))
     same_scale = math.sqrt(2) if config["use_rslora"] else 2
@@ -221,6 +235,13 @@ def subtract_starting_point(directory: Path, start: Mapping[str, torch.Tensor]) 
     config["rank_pattern"] = {name: 2 * rank for name, rank in config["rank_pattern"].items()}
     config["alpha_pattern"] = {name: same_scale * alpha for name, alpha in config["alpha_pattern"].items()}
     settings.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def doubled(name: str, tensor: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """Give the matrix of twice the rank that takes a module's first product off: (A, A0), or (B, -B0)."""
+    if re.search(r"\.lora_(embedding_)?A\b", name):  # (r, in)
+        return torch.cat([tensor, first.to(tensor)], dim=0)
+    return torch.cat([tensor, -first.to(tensor)], dim=1).contiguous()  # (out, r)
 
 
 def splits_base(init_lora_weights: bool | str) -> bool:

@@ -125,6 +125,8 @@ def servability(adapter: Path) -> list[str]:
         f"its rank is {max(ranks)}, and vLLM's largest is {VLLM_MOST_RANK}": max(ranks) > VLLM_MOST_RANK,
     }
     cure = "merge it into the base model: llmforge export --format merged"
+    if settings.get("lora_bias"):  # see `describe_unmergeable`
+        cure += ", which needs biases in every layer that it adapts"
     return [f"The adapter cannot be served as it is: {why}; {cure}" for why, is_so in found.items() if is_so]
 
 
