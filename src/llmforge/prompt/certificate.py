@@ -4,11 +4,14 @@ Nothing here asks the encoder. The server's tokenizer and chat template say whic
 is the completion; and from these alone follows which tokens must carry loss.
 """
 
+import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from llmforge.data.conversation import REASONING_KEYS
 from llmforge.data.samples import Sample
 from llmforge.errors import ConversationError
 from llmforge.prompt.conversation import Message, Turn, check_messages
@@ -260,10 +263,10 @@ class Certifier:
                 f"{where}: the trained tokens read {self._text_behind(prompt_ids, completion)[:120]!r}, but the "
                 f"completion is {turn.completion[:120]!r}",
             )
-        self._check_stop(completion, turn, ending_text, where)
+        self._check_stop(completion, turn, message, ending_text, where)
 
-    def _check_stop(self, completion: list[int], turn: Turn, ending: str, where: str) -> None:
-        """Check that the turn ends where the exported stop rules end generation."""
+    def _check_stop(self, completion: list[int], turn: Turn, message: Message, ending: str, where: str) -> None:
+        """Check that the turn ends where the exported stop rules end generation, and not before."""
         tokens = [index for index, token in enumerate(completion) if token in self._stop.token_ids]
         texts = [
             turn.completion.index(sequence) + len(sequence)
@@ -284,7 +287,26 @@ class Certifier:
         self.certificate.token_stops += bool(tokens)
         unreachable = [turn.completion[min(texts) :]] if texts else []
         unreachable += [self._served.decode(completion[tokens[0] + 1 :])] if tokens else []
-        self.certificate.early_stops += any(len(text.strip()) > len(ending.strip()) for text in unreachable)
+        longest = max(unreachable, key=len)
+        own = _own_texts(message)
+        # Behind the first place where the last of them stands: a short text may stand in the ending again.
+        behind = turn.completion.partition(own[-1])[2] if own and own[-1] in turn.completion else turn.completion
+        begins = len(turn.completion) - len(longest)
+        stop = next((text for text in self._stop_texts() if turn.completion.endswith(text, 0, begins)), None)
+        if len(longest.strip()) > len(behind.strip()) and stop and not _says(message, turn, stop, begins):
+            self._find(
+                "stop",
+                "stops_inside",
+                f"{where}: generation ends at {stop!r}, which the format writes inside the turn, in front of "
+                f"{longest[:60]!r}: the model can never give the answer that it was trained on. Take it out of the "
+                "stops, or, if it is the EOS token, let the format write another one there",
+            )
+        else:
+            self.certificate.early_stops += any(len(text.strip()) > len(ending.strip()) for text in unreachable)
+
+    def _stop_texts(self) -> list[str]:
+        """Give what ends generation, as text."""
+        return [*self._stop.sequences, *(self._served.decode([token]) for token in self._stop.token_ids)]
 
     def _compare_weights(self, sample: Sample, actual: Sequence[float], trace: Trace, place: str) -> None:
         """Compare the weights that the loss uses with those that follow; say what kind of mistake a difference is."""
@@ -385,6 +407,24 @@ class Certifier:
         tokens = [f"{token} {self._served.decode([token])!r}" for token in input_ids[start : place + 3]]
         tokens[place - start] = f"» {tokens[place - start]} «"
         return " | ".join(tokens)
+
+
+def _own_texts(message: Message) -> list[str]:
+    """Give what an assistant message itself says, in the order in which templates write it."""
+    thoughts = [message.get(key) for key in REASONING_KEYS]
+    calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
+    said = [*thoughts, message.get("content"), *(call.get("name") for call in calls if isinstance(call, Mapping))]
+    return [text.strip() for text in said if isinstance(text, str) and text.strip()]
+
+
+def _says(message: Message, turn: Turn, stop: str, ends: int) -> bool:
+    """Say whether a stop that ends at this place of a completion may be the assistant's own, and not the format's."""
+    start = ends - len(stop)
+    own = _own_texts(message)
+    if any((stop.strip() or stop) in text for text in [*own, json.dumps(message, ensure_ascii=False, default=str)]):
+        return True
+    places = [match.span() for text in own for match in re.finditer(re.escape(text), turn.completion)]
+    return any(begins <= start < after for begins, after in places)
 
 
 def _begins(ids: Sequence[int], beginning: Sequence[int]) -> bool:

@@ -108,7 +108,7 @@ def load_format(directory: Path, tokenizer: Any) -> tuple[Encoder, StopRules]:
         stop = StopRules(sequences=tuple(content["stopping_sequences"]), token_ids=tuple(content["stopping_tokens"]))
     except FileNotFoundError as error:
         raise PromptFormatError(f"{path} is missing; is {directory} an artifact that llmforge wrote?") from error
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValidationError) as error:
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, UnicodeDecodeError, ValidationError) as error:
         raise PromptFormatError(f"{path} is damaged: {error}") from error
     return Encoder(tokenizer, format), stop
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from llmforge.errors import PromptFormatError
 from llmforge.prompt.chat_template import ChatTemplate
 from llmforge.prompt.conversation import Message
 
@@ -14,10 +15,14 @@ class Served:
         tokenizer: as a server loads it, with its chat template. It is independent of the one that training used.
 
     Raises:
-        PromptFormatError: the chat template is not valid Jinja.
+        PromptFormatError: there is no chat template, or it is not valid Jinja.
     """
 
     def __init__(self, tokenizer: Any) -> None:
+        if not tokenizer.chat_template:
+            raise PromptFormatError(
+                "the tokenizer has no chat template (chat_template.jinja), so nothing can be served"
+            )
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer.get_chat_template(), tokenizer, from_tokenizer=True)
 
