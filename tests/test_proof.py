@@ -1,10 +1,13 @@
 """The proof that what is served is what was trained: it holds for good runs, and catches the field's old bugs."""
 
 import json
+import os
+import secrets
 import shutil
 from dataclasses import replace
+from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,13 +20,17 @@ import llmforge.train.run as training
 from conftest import CHATML_TEMPLATE, PROMPT_FORMATS, build_tokenizer, conversation_rows, save_model, write_jsonl
 from llmforge.config import load_config
 from llmforge.data.samples import Sample
-from llmforge.errors import PromptFormatError, ProofError
+from llmforge.errors import DataError, InputError, ModelError, PromptFormatError, ProofError
 from llmforge.export.artifact import build_generation_config, write_text_side
+from llmforge.export.fingerprint import other_numbers, trained_numbers
 from llmforge.export.proof import Proof
 from llmforge.export.prove_text import Row, prove_text
 from llmforge.jobs.export import export
 from llmforge.jobs.finetune import finetune, resume
 from llmforge.jobs.prove import check_prompts, prove
+from llmforge.models.adapter import add_lora
+from llmforge.models.device import DTYPES
+from llmforge.models.trained import load_trained_model
 from llmforge.prompt import ChatTemplate, Encoder, Format, PromptFormat, StopRules
 from llmforge.tasks import CausalLM, InstructionTuning
 from llmforge.tasks.language_modeling import Batch
@@ -68,6 +75,27 @@ def text_proof(
 def only_failure(proof: Proof) -> dict[str, Any]:
     (failure,) = proof.failures()
     return failure
+
+
+def codes(proof: Proof) -> list[str]:
+    return [f"{failure['check']}/{failure['code']}" for failure in proof.failures()]
+
+
+def message(proof: Proof, code: str) -> str:
+    return next(failure["message"] for failure in proof.failures() if failure["code"] == code)
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def edit_tensors(path: Path, change: Any) -> None:
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def without_effect(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give an adapter whose product is nothing."""
+    return {name: tensor * ("lora_B" not in name) for name, tensor in tensors.items()}
 
 
 def reweighted(samples: list[Sample], change: Any) -> list[Sample]:
@@ -252,8 +280,106 @@ class TestOldBugs:
         config = json.loads((tmp_path / "generation_config.json").read_text())
         (tmp_path / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": 1}))
         task = InstructionTuning(pad_token_id=2, pad_to=None, keeps_logits=False)
+        proof = prove_text(tmp_path, encoder=encoder, stop=stop, task=task, rows=[])
+        assert codes(proof) == ["stop/export_lacks_stop", "stop/export_stops_early"]
+        assert "eos_token_id 1, without [4], at which the format ends a turn" in message(proof, "export_lacks_stop")
+
+    @pytest.mark.parametrize("ends", [[4, 100], [4, 4.5], [4, "</s>"]])
+    def test_a_stop_that_only_the_export_has(self, ends: list, chatml: Any, tmp_path: Path) -> None:
+        format = ChatTemplate(CHATML_TEMPLATE, chatml, True)
+        text_proof(tmp_path, format, chatml)
+        edit_json(tmp_path / "generation_config.json", eos_token_id=ends)
+        task = InstructionTuning(pad_token_id=2, pad_to=None, keeps_logits=False)
+        proof = prove_text(
+            tmp_path, encoder=Encoder(chatml, format), stop=StopRules(token_ids=(4,)), task=task, rows=[]
+        )
+        assert codes(proof) == ["stop/export_stops_early"]
+        assert f"with {ends[1:]}, at which nothing ended in training" in message(proof, "export_stops_early")
+
+    @pytest.mark.parametrize("content", ["[]", "null", "{", None])
+    def test_a_generation_config_that_is_none(self, content: str | None, chatml: Any, tmp_path: Path) -> None:
+        format = ChatTemplate(CHATML_TEMPLATE, chatml, True)
+        text_proof(tmp_path, format, chatml)
+        (tmp_path / "generation_config.json").unlink()
+        if content is not None:
+            (tmp_path / "generation_config.json").write_text(content)
+        task = InstructionTuning(pad_token_id=2, pad_to=None, keeps_logits=False)
+        encoder, stop = Encoder(chatml, format), StopRules(token_ids=(4,))
+        assert codes(prove_text(tmp_path, encoder=encoder, stop=stop, task=task, rows=[])) == [
+            "stop/no_generation_config"
+        ]
+
+    def test_attention_that_is_masked_by_the_padding_token(self, tmp_path: Path) -> None:
+        tokenizer = build_tokenizer(eos="<|im_end|>", chat_template=CHATML_TEMPLATE)
+        tokenizer.pad_token = tokenizer.eos_token
+
+        class MasksAttention(InstructionTuning):
+            def collate(self, samples: Any) -> Batch:
+                batch = super().collate(samples)
+                return replace(batch, attention_mask_BT=(batch.input_ids_BT != self.pad_token_id).long())
+
+        format = ChatTemplate(CHATML_TEMPLATE, tokenizer, True)
+        failure = only_failure(text_proof(tmp_path, format, tokenizer, task=MasksAttention))
+        assert (failure["check"], failure["code"], failure["count"]) == ("mask", "unattended", 12)
+        assert "tokens of a sample are hidden from attention, as if they were padding" in failure["message"]
+
+    @pytest.mark.parametrize(
+        ("old", "new", "key"),
+        [("im_start|>user", "im_start|>User", "user"), ("stopping_tokens:\n- 4", "stopping_tokens: []", "token_ids")],
+    )
+    def test_a_format_file_that_says_something_else(
+        self, old: str, new: str, key: str, chatml: Any, tmp_path: Path
+    ) -> None:
+        format = PromptFormat(**PROMPT_FORMATS["chatml"])
+        text_proof(tmp_path, format, chatml)
+        path = tmp_path / "prompt_format.yaml"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+        task = InstructionTuning(pad_token_id=2, pad_to=None, keeps_logits=False)
+        encoder, stop = Encoder(chatml, format), StopRules(token_ids=(4,))
         failure = only_failure(prove_text(tmp_path, encoder=encoder, stop=stop, task=task, rows=[]))
-        assert (failure["check"], failure["code"]) == ("stop", "export_lacks_stop")
+        assert (failure["check"], failure["code"]) == ("parity", "format_differs")
+        assert f"prompt_format.yaml is not the format of training, in {key}: " in failure["message"]
+
+    def test_a_template_that_writes_a_stop_inside_the_turn(self, tmp_path: Path) -> None:
+        tokenizer = build_tokenizer()
+        template = (
+            "{% for m in messages %}{% if m.role == 'assistant' %}"
+            "A:{% if m.reasoning_content %}{{ m.reasoning_content }}</s>{% endif %}{{ m.content }}</s>"
+            "{% else %}{{ m.role }}:{{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+        )
+        question = {"role": "user", "content": "red?"}
+        thinks = {"role": "assistant", "content": "stop", "reasoning_content": "lights"}
+        says = {"role": "assistant", "content": "lights</s>stop"}
+        format = ChatTemplate(template, tokenizer, False)
+        failure = only_failure(text_proof(tmp_path, format, tokenizer, rows=[{"messages": [question, thinks]}]))
+        assert (failure["check"], failure["code"]) == ("stop", "stops_inside")
+        assert "generation ends at '</s>', which the format writes inside the turn, in front of 'stop</s>'" in str(
+            failure["message"]
+        )
+        proof = text_proof(tmp_path, format, tokenizer, rows=[{"messages": [question, says]}])
+        assert proof.proven, proof.message()  # the row's own
+        assert any("1 of 1 trained turns hold a stop inside the assistant's own text" in note for note in proof.remarks)
+
+    def test_a_stop_between_two_calls(self, tmp_path: Path) -> None:
+        tokenizer = build_tokenizer()
+        template = (
+            "{% for m in messages %}{{ m.role }}:{% if m.tool_calls %}"
+            "{% for c in m.tool_calls %}<call>{{ c.function.name }}{{ c.function.arguments }}</call>{% endfor %}"
+            "{% else %}{{ m.content }}{% endif %}</s>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+        )
+        calls = [{"type": "function", "function": {"name": name, "arguments": {}}} for name in ("light", "sound")]
+        rows = [
+            {"messages": [{"role": "user", "content": "on"}, {"role": "assistant", "content": "", "tool_calls": some}]}
+            for some in (calls[:1], calls)
+        ]
+        format = ChatTemplate(template, tokenizer, False)
+        stop = StopRules(sequences=("</call>",), token_ids=(1,))
+        proof = text_proof(tmp_path, format, tokenizer, rows=rows, stop=stop)
+        failure = only_failure(proof)
+        assert (failure["code"], failure["count"]) == ("stops_inside", 1)
+        assert failure["message"].startswith("rows.jsonl:2, assistant turn 1: generation ends at '</call>'")
+        assert text_proof(tmp_path, format, tokenizer, rows=rows).proven
 
 
 @pytest.mark.parametrize("place", range(0, len(CHATML_TEMPLATE), 7))
@@ -344,7 +470,7 @@ class TestARun:
         tensors = load_file(path)
         name = next(name for name in tensors if name.endswith("q_proj.weight"))
         save_file({**tensors, name: -tensors[name]}, path, metadata={"format": "pt"})
-        assert [failure["code"] for failure in prove(tmp_path / "merged").proof.failures()] == ["record_differs"]
+        assert codes(prove(tmp_path / "merged").proof) == ["round_trip/edited", "round_trip/record_differs"]
 
     def test_a_template_that_does_not_render_any_more_is_caught(self, artifact: Path) -> None:
         path = artifact / "chat_template.jinja"
@@ -372,16 +498,289 @@ class TestARun:
 
     def test_an_adapter_without_tensors_is_caught(self, artifact: Path) -> None:
         save_file({}, artifact / "adapter_model.safetensors", metadata={"format": "pt"})
-        failure = only_failure(prove(artifact).proof)
-        assert (failure["check"], failure["code"]) == ("round_trip", "empty_adapter")
-        assert "saved empty, and would be served as the base model" in failure["message"]
+        proof = prove(artifact).proof
+        assert codes(proof) == ["round_trip/edited", "round_trip/empty_adapter"]
+        assert "saved empty, and would be served as the base model" in message(proof, "empty_adapter")
 
     def test_weights_that_changed_are_caught(self, artifact: Path) -> None:
-        path = artifact / "adapter_model.safetensors"
-        tensors = load_file(path)
-        save_file({name: tensor * 0.9 for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
-        failure = only_failure(prove(artifact).proof)
-        assert (failure["check"], failure["code"]) == ("round_trip", "record_differs")
+        edit_tensors(artifact / "adapter_model.safetensors", lambda tensors: {n: t * 0.9 for n, t in tensors.items()})
+        assert codes(prove(artifact).proof) == ["round_trip/edited", "round_trip/record_differs"]
+
+    @pytest.mark.parametrize(
+        ("name", "happened"),
+        [
+            ("special_tokens_map.json", "was added"),
+            ("added_tokens.json", "was added"),
+            ("tokenizer.model", "was added"),
+            ("additional_chat_templates/default.jinja", "was added"),
+            ("tokenizer.json", "has been edited"),
+            ("chat_template.jinja", "has been edited"),
+            ("prompt_format.yaml", "has been edited"),
+            ("chat_template.jinja", "is missing"),
+            ("prompt_format.yaml", "is missing"),
+        ],
+    )
+    def test_a_text_file_that_changed_is_named(self, name: str, happened: str, artifact: Path) -> None:
+        path = artifact / name
+        path.parent.mkdir(exist_ok=True)
+        if happened == "is missing":
+            path.unlink()
+        else:
+            path.write_text("{% {" if happened == "has been edited" else '{"eos_token": "</s>"}')
+        outcome = command("prove", artifact)
+        assert outcome.returncode == 1
+        assert f"{name} {happened} since training: what is served is not what was trained" in outcome.stdout
+        assert outcome.stderr == ""
+
+    DAMAGE: ClassVar[dict[str, tuple[Any, list[str], str]]] = {
+        "no base": (
+            lambda path: edit_json(path / "adapter_config.json", base_model_name_or_path=None),
+            ["unreadable"],
+            "names no base model (base_model_name_or_path is null)",
+        ),
+        "another kind": (
+            lambda path: edit_json(path / "adapter_config.json", peft_type="XX"),
+            ["edited", "unreadable"],
+            "cannot be loaded onto",
+        ),
+        "truncated": (
+            lambda path: os.truncate(path / "adapter_model.safetensors", 2000),
+            ["edited", "unreadable"],
+            "is not a whole safetensors file",
+        ),
+        "emptied": (
+            lambda path: os.truncate(path / "adapter_model.safetensors", 0),
+            ["edited", "unreadable"],
+            "is not a whole safetensors file",
+        ),
+        "config lost": (
+            lambda path: (path / "adapter_config.json").unlink(),
+            ["edited", "unreadable"],
+            "has no config.json",
+        ),
+        "not a number": (
+            lambda path: edit_tensors(path / "adapter_model.safetensors", lambda t: {n: x * nan for n, x in t.items()}),
+            ["edited", "not_finite"],
+            "computes NaN or infinity",
+        ),
+        "a tensor lost": (
+            lambda path: edit_tensors(path / "adapter_model.safetensors", lambda t: dict(list(t.items())[1:])),
+            ["edited", "unreadable"],
+            "lacks 1 tensors (",
+        ),
+        "renamed": (
+            lambda path: edit_tensors(
+                path / "adapter_model.safetensors", lambda t: {f"x.{name}": x for name, x in t.items()}
+            ),
+            ["edited", "unreadable"],
+            "lacks 24 tensors (",
+        ),
+    }
+
+    @pytest.mark.parametrize("name", DAMAGE)
+    @pytest.mark.parametrize("has_record", [True, False])
+    def test_damage_is_put_into_words(self, name: str, has_record: bool, artifact: Path) -> None:
+        damage, expected, words = self.DAMAGE[name]
+        damage(artifact)
+        if not has_record:
+            (artifact / "proof.json").unlink()
+            expected = [code for code in expected if code != "edited"]
+        proof = prove(artifact).proof
+        assert [failure["code"] for failure in proof.failures()] == expected
+        assert words in message(proof, expected[-1])
+
+    @pytest.mark.parametrize(
+        ("place", "value", "words"),
+        [
+            (("dtype",), "fp8", "trained.dtype: Input should be 'bf16' or 'fp32'"),
+            (("files",), [], "trained.files: Input should be a valid dictionary"),
+            (("conversations", 0, "log_probs"), [-1.0], "there are not as many log_probs as probe_tokens ask for"),
+            (
+                ("conversations", 1, "input_ids"),
+                "abc",
+                "trained.conversations.1.input_ids: Input should be a valid list",
+            ),
+            (("stop",), {"sequences": 3}, "trained.stop.sequences"),
+        ],
+    )
+    def test_a_damaged_record_is_refused(self, place: tuple, value: Any, words: str, artifact: Path) -> None:
+        content = json.loads((artifact / "proof.json").read_text())
+        part = content["trained"]
+        for key in place[:-1]:
+            part = part[key]
+        part[place[-1]] = value
+        (artifact / "proof.json").write_text(json.dumps(content))
+        outcome = command("prove", artifact)
+        assert outcome.returncode == 2
+        assert words in outcome.stderr
+        assert "remove it to prove the artifact without it" in outcome.stderr
+
+    def test_without_a_record_artifact_and_merged_model_are_compared(self, artifact: Path) -> None:
+        (artifact / "proof.json").unlink()
+        outcome = command("prove", artifact)  # on made-up conversations
+        assert outcome.returncode == 0
+        assert "round trip: the merged model is " in outcome.stdout
+        assert "nats from the artifact, loaded again, (" in outcome.stdout
+        assert "trained model" not in outcome.stdout
+        assert outcome.stdout.endswith(
+            "proven, but for whether these are the weights that were trained: proof.json has no record of that\n"
+        )
+        long = [{"messages": [turn for row in conversation_rows(60) for turn in row["messages"]]}]
+        rows = write_jsonl(artifact.parent / "long.jsonl", long)
+        proof = prove(artifact, data=[str(rows)]).proof  # of more tokens than the model has positions
+        assert proof.proven, proof.message()
+        assert json.loads((artifact / "proof.json").read_text())["left_open"]
+
+    def test_what_is_no_artifact_is_told_so(self, run: Path, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"or give an artifact, a directory with prompt_format.yaml in it"):
+            prove(run.parent.parent / "model")
+        with pytest.raises(DataError, match=r"this file does not exist \(looked at [^ ]+/nothing.jsonl\)"):
+            prove(run, data=[str(tmp_path / "nothing.jsonl")])
+
+
+class TestTrainingOfLittleEffect:
+    """What was hardly trained cannot be told from its base model by what it computes."""
+
+    @pytest.fixture(scope="class")
+    def data(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        directory = tmp_path_factory.mktemp("weak")
+        write_jsonl(directory / "train.jsonl", conversation_rows(16))
+        save_model(directory / "model")
+        return directory
+
+    @pytest.fixture(scope="class")
+    def run(self, data: Path) -> Path:
+        run, _ = run_here(data, data / "model", lora_config=LORA, learning_rate=3e-6)
+        effect = json.loads((run.artifact_dir / "proof.json").read_text())["round_trip"]["effect_of_training"]["kl"]
+        assert effect < 1e-6
+        return run.run_dir
+
+    SPOILT: ClassVar[dict[str, Any]] = {
+        "no effect": lambda path: edit_tensors(path / "adapter_model.safetensors", without_effect),
+        "scale": lambda path: edit_json(path / "adapter_config.json", lora_alpha=16),
+        "rank-stabilised": lambda path: edit_json(path / "adapter_config.json", use_rslora=True),
+        "one value": lambda path: edit_tensors(
+            path / "adapter_model.safetensors",
+            lambda tensors: {name: tensor + 1e-9 * (name.find("layers.1.mlp") > 0) for name, tensor in tensors.items()},
+        ),
+    }
+
+    @pytest.mark.parametrize("name", SPOILT)
+    def test_is_held_by_its_hashes(self, name: str, run: Path, tmp_path: Path) -> None:
+        shutil.copytree(run / "artifact", tmp_path / "artifact")
+        self.SPOILT[name](tmp_path / "artifact")
+        failure = only_failure(prove(tmp_path / "artifact").proof)
+        assert (failure["check"], failure["code"]) == ("round_trip", "edited")
+        assert "has been edited since training" in failure["message"]
+
+    def test_and_may_move_with_its_base_model(self, run: Path, data: Path, tmp_path: Path) -> None:
+        export(run, format="adapter", to=tmp_path / "adapter")
+        assert prove(tmp_path / "adapter").proof.proven
+        shutil.copytree(data / "model", tmp_path / "base")
+        edit_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=str(tmp_path / "base"))
+        assert prove(tmp_path / "adapter").proof.proven
+        shutil.copyfile(run / "artifact" / "adapter_model.safetensors", tmp_path / "adapter" / "model.safetensors")
+        failure = only_failure(prove(tmp_path / "adapter").proof)
+        assert failure["message"].startswith("model.safetensors was added since training")
+
+    @pytest.mark.parametrize("name", ["no effect", "scale", "one value"])
+    def test_and_is_compared_with_what_is_on_disk(self, name: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fails(data, monkeypatch, self.SPOILT[name], lora_config=LORA, learning_rate=3e-6)
+
+    @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+    def test_as_whole_weights_are(self, dtype: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An optimizer that trains copies, and base weights that are saved."""
+
+        def restore(path: Path) -> None:
+            base = load_file(data / "model" / "model.safetensors")
+            save_file(
+                {name: tensor.to(DTYPES[dtype]) for name, tensor in base.items()},
+                path / "model.safetensors",
+                metadata={"format": "pt"},
+            )
+
+        self.fails(data, monkeypatch, restore, dtype=dtype, learning_rate={"fp32": 1e-7, "bf16": 1e-5}[dtype])
+
+    def fails(self, data: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any, **keys: Any) -> None:
+        """Spoil an artifact while it is written; its proof fails for this reason alone."""
+        write = training.write_artifact
+
+        def spoiled(directory: Path, *, finish: Any, **options: Any) -> None:
+            write(directory, finish=lambda temporary: (spoil(temporary), finish(temporary)), **options)
+
+        monkeypatch.setattr(training, "write_artifact", spoiled)
+        tag = secrets.token_hex(4)
+        with pytest.raises(ProofError, match=r"round_trip \(saved_differs\): of \d+ trained tensors"):
+            run_here(data, data / "model", custom_model_tag=tag, **keys)
+        proof = json.loads((data / "runs" / tag / "proof.json").read_text())
+        assert [failure["code"] for failure in proof["failures"]] == ["saved_differs"]
+
+
+def test_a_parameter_that_was_trained_and_is_not_saved_is_noticed(model_dir: Path, tmp_path: Path) -> None:
+    model = add_lora(AutoModelForCausalLM.from_pretrained(model_dir), LORA)
+    norm = model.get_base_model().model.norm.weight
+    norm.requires_grad_(True)  # nothing in the adapter's config says so
+    model.save_pretrained(tmp_path)
+    trained = trained_numbers(model, {}, torch.float32)
+    assert other_numbers(load_trained_model(tmp_path, dtype=torch.float32), trained, torch.float32) == []
+    with torch.no_grad():
+        norm += 1e-6
+    trained = trained_numbers(model, {}, torch.float32)
+    assert other_numbers(load_trained_model(tmp_path, dtype=torch.float32), trained, torch.float32) == [
+        "base_model.model.model.norm.weight"
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 3}},
+        {"modules_to_save": ["embed_tokens", "lm_head"], "bias": "all"},
+        {"use_dora": True, "trainable_token_indices": [5, 6]},
+    ],
+    ids=["split", "whole modules", "dora"],
+)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_every_kind_of_adapter_is_on_disk_as_it_was_trained(
+    options: dict[str, Any], dtype: str, is_tied: bool, data_dir: Path, model_dir: Path, tied_model_dir: Path
+) -> None:
+    model = tied_model_dir if is_tied else model_dir
+    run, _ = run_here(data_dir, model, lora_config={**LORA, **options}, dtype=dtype, learning_rate=1e-3)
+    proof = prove(run.run_dir).proof
+    assert proof.proven, proof.message()
+
+
+def test_biases_that_no_base_layer_can_take_are_told_before_training(data_dir: Path, model_dir: Path) -> None:
+    run, listener = run_here(data_dir, model_dir, lora_config={**LORA, "lora_bias": True}, learning_rate=1e-2)
+    (note,) = [note for note in listener.notes if note.startswith("lora_bias: ")]
+    assert "the base model has no biases in q_proj, k_proj, v_proj, o_proj, up_proj, down_proj" in note
+    proof = prove(run.run_dir).proof
+    assert proof.proven, proof.message()
+    assert any(
+        remark.startswith("The adapter cannot be merged, and only PEFT can serve it: ") for remark in proof.remarks
+    )
+    with pytest.raises(ModelError, match="cannot be merged"):
+        export(run.run_dir, format="merged", to=data_dir / "merged")
+
+
+@pytest.mark.parametrize("bug", ["shifted twice", "weight"])
+def test_a_loss_that_is_not_that_of_the_samples_is_caught(
+    bug: str, data_dir: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = InstructionTuning.loss
+
+    def shifted(self: Any, model: Any, batch: Batch) -> Any:
+        """Labels that the model shifts once more."""
+        return compute(self, model, replace(batch, loss_weights_BT=batch.loss_weights_BT.roll(-1, 1)))
+
+    def weighted(self: Any, model: Any, batch: Batch) -> Any:
+        """The mean over all tokens of the batch, instead of those that are trained."""
+        return replace(compute(self, model, batch), weight=float(batch.tokens))
+
+    monkeypatch.setattr(InstructionTuning, "loss", {"shifted twice": shifted, "weight": weighted}[bug])
+    with pytest.raises(ProofError, match=r"mask \(loss_differs\): the loss of a made-up conversation is [\d.]+ nats"):
+        run_here(data_dir, model_dir, lora_config=LORA)
 
 
 def test_a_merged_adapter_with_untied_embeddings_is_caught(data_dir: Path, tied_model_dir: Path) -> None:
@@ -392,9 +791,11 @@ def test_a_merged_adapter_with_untied_embeddings_is_caught(data_dir: Path, tied_
     tensors = load_file(artifact / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 0.1
     save_file(tensors, artifact / "model.safetensors", metadata={"format": "pt"})
-    failure = only_failure(prove(artifact).proof)
-    assert (failure["check"], failure["code"]) == ("round_trip", "untied_embeddings")
-    assert "config.json has tie_word_embeddings: true, so that one of them is lost" in failure["message"]
+    proof = prove(artifact).proof
+    assert codes(proof) == ["round_trip/edited", "round_trip/untied_embeddings"]
+    assert "config.json has tie_word_embeddings: true, so that one of them is lost" in message(
+        proof, "untied_embeddings"
+    )
 
 
 def test_a_full_run_is_proven_in_bf16_too(data_dir: Path, model_dir: Path) -> None:

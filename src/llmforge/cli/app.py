@@ -199,7 +199,8 @@ def _print_proof(proof: "Proof", as_json: bool, notes: list[str]) -> None:
         print(proof.to_json(None))
     else:
         print("\n".join(proof_lines(proof)))
-        print("proven" if proof.proven else "NOT proven")
+        open_ = "" if proof.left_open is None else f", but for {proof.left_open}"
+        print(f"proven{open_}" if proof.proven else "NOT proven")
     if not proof.proven:
         raise typer.Exit(1)
 

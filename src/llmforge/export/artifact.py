@@ -8,13 +8,11 @@ from typing import Any
 import peft
 import torch
 import transformers
-from safetensors import safe_open
 
 from llmforge.atomic import atomic_directory
-from llmforge.errors import InputError, RunError
+from llmforge.errors import InputError
 from llmforge.models.adapter import subtract_starting_point
 from llmforge.models.load import quiet, save_tokenizer
-from llmforge.models.source import ADAPTER_WEIGHTS
 from llmforge.prompt import Encoder, StopRules, chat_template_of, save_format
 
 # Options that only sampling reads: to give one is to ask for sampling.
@@ -107,7 +105,7 @@ def write_artifact(
             load the model again: this function holds it no longer then.
 
     Raises:
-        RunError: what was written is not what was trained.
+        ProofError: from `finish`: what was written is not what was trained.
         OutputError: the disk is full or cannot be written to.
     """
     generation = build_generation_config(encoder, stop, generate_kwargs)
@@ -120,7 +118,6 @@ def write_artifact(
                 config.target_modules = sorted(config.target_modules)
             # "auto" would add whole embedding matrices, and ask the hub whether the vocabulary has grown.
             model.save_pretrained(temporary, save_embedding_layers=False)
-            _check_adapter(temporary / ADAPTER_WEIGHTS, model)
             if start:
                 subtract_starting_point(temporary, start)
         else:
@@ -150,22 +147,3 @@ def _save_tokenizer(directory: Path, encoder: Encoder) -> None:
         save_tokenizer(tokenizer, directory)
     finally:
         tokenizer.chat_template = own
-
-
-def _check_adapter(path: Path, model: Any) -> None:
-    """Check that every trained tensor is in the file with its shape; adapters saved empty are an old disease.
-
-    See https://github.com/huggingface/peft/issues/2892.
-    """
-    trained = sorted(tuple(p.shape) for p in model.parameters() if p.requires_grad)
-    with safe_open(path, framework="pt") as file:
-        saved = sorted(tuple(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    missing = list(trained)
-    for shape in saved:
-        if shape in missing:
-            missing.remove(shape)
-    if missing or not saved:
-        raise RunError(
-            f"{path.name} holds {len(saved)} tensors, but {len(trained)} were trained; shapes that are missing: "
-            f"{missing[:5]}. The last checkpoint holds all of them"
-        )

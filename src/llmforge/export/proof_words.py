@@ -42,10 +42,11 @@ def _lines(proof: Proof) -> Iterator[str]:
         )
     if weights is None or "round_trip" in failed:
         return
+    other = "the trained model" if "reloaded" in weights else "the artifact, loaded again,"
     for name, words in (("reloaded", "the artifact, loaded again,"), ("merged", "the merged model")):
         if name in weights:
             yield (
-                f"round trip: {words} is {weights[name]['kl']:.2g} nats from the trained model "
+                f"round trip: {words} is {weights[name]['kl']:.2g} nats from {other} "
                 f"(log-probabilities {weights[name]['mean_difference']:.2g} apart on average, "
                 f"{weights[name]['max_difference']:.2g} at most; {weights['dtype']})"
             )

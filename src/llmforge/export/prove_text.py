@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from llmforge.data.samples import Sample
-from llmforge.errors import ConversationError, PromptFormatError
+from llmforge.errors import ConversationError, InputError, PromptFormatError
 from llmforge.export.go import find_go, render_go
-from llmforge.export.proof import SEED, Proof
-from llmforge.models.load import load_tokenizer
+from llmforge.export.proof import SEED, Proof, Record
+from llmforge.models.load import TOKENIZER_FILES, load_tokenizer
 from llmforge.models.source import ModelSource
-from llmforge.prompt import Encoder, Message, PromptFormat, StopRules
+from llmforge.prompt import Encoder, Message, PromptFormat, StopRules, format_section, load_format
 from llmforge.prompt.adversary import TEXTS, random_conversations
-from llmforge.prompt.certificate import Certificate, Certifier, Finding
+from llmforge.prompt.certificate import Certificate, Certifier, Check, Finding
 from llmforge.prompt.encoder import Trained
 from llmforge.prompt.go_template import changed_by_ollama, compile_to_go_template
 from llmforge.prompt.served import Served, side_by_side
@@ -27,8 +27,15 @@ from llmforge.tasks import LanguageModeling
 ROWS = 200  # of the user's own, examined token by token
 ROWS_PER_BATCH = 8
 RANDOM_CONVERSATIONS = 200
-# The files that decide what text becomes.
-_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "prompt_format.yaml")
+# The files that decide what text becomes: those that there are, and those that a loader would heed if they came.
+_TEXT_FILES = (
+    *TOKENIZER_FILES,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "additional_chat_templates/*",
+    "prompt_format.yaml",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +68,15 @@ def prove_text(
         rows: the user's own, with the samples they were trained as.
         context_length: tokens at which these samples were cut off.
 
-    Raises:
-        ModelError: the tokenizer cannot be read.
-        PromptFormatError: its chat template is not valid Jinja.
+    Returns:
+        The proof; with nothing but a finding where the directory holds no text side that can be used.
     """
-    tokenizer = load_tokenizer(ModelSource(str(directory), directory), trust_remote_code=trust_remote_code)
-    served = Served(tokenizer)
+    try:
+        tokenizer = load_tokenizer(ModelSource(str(directory), directory), trust_remote_code=trust_remote_code)
+        served = Served(tokenizer)
+        saved, saved_stop = load_format(directory, tokenizer)
+    except InputError as error:
+        return Proof(findings=[unusable(error)])
     certifier = Certifier(served, encoder.format, stop, task.trained, context_length)
     examined = 0
     asked: list[Sequence[Message]] = []
@@ -88,6 +98,7 @@ def prove_text(
     # In a pass-through format the data write the end of a turn, and random conversations know nothing of that.
     proof.findings += [finding for finding in adversary.certificate.findings if finding.check != "stop"]
     proof.findings += _generation_findings(directory, stop)
+    proof.findings += _format_findings(saved, saved_stop, encoder, stop)
     targets = ["chat_template"]
     by_ollama = None
     agrees = not any(finding.check == "parity" for finding in proof.findings)  # else all targets differ alike
@@ -143,6 +154,14 @@ def _batch_weights(task: LanguageModeling, rows: Sequence[Row], certificate: Cer
     for number, sample in enumerate(samples):
         length = len(sample.input_ids)
         weights.append(batch.loss_weights_BT[number, :length].tolist())
+        if not batch.attention_mask_BT[number, :length].all():
+            certificate.findings.append(
+                Finding(
+                    "mask",
+                    "unattended",
+                    f"{rows[0].place} ff.: tokens of a sample are hidden from attention, as if they were padding",
+                )
+            )
         if batch.loss_weights_BT[number, length:].any() or batch.attention_mask_BT[number, length:].any():
             certificate.findings.append(Finding("mask", "pad_trained", f"{rows[0].place} ff.: padding carries loss"))
         if not torch.equal(batch.input_ids_BT[number, :length], torch.as_tensor(sample.input_ids)):
@@ -232,20 +251,54 @@ def _generation_findings(directory: Path, stop: StopRules) -> list[Finding]:
     path = directory / "generation_config.json"
     try:
         ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         return [Finding("stop", "no_generation_config", f"{path.name} cannot be read: {error}")]
-    found = {ends} if isinstance(ends, int) else set(ends or ())
+    found = ends if isinstance(ends, list) else [] if ends is None else [ends]
     missing = [token for token in stop.token_ids if token not in found]
-    if not missing:
+    early = [token for token in found if token not in stop.token_ids]
+    findings = []
+    if missing:
+        findings.append(
+            Finding(
+                "stop",
+                "export_lacks_stop",
+                f"{path.name} has eos_token_id {ends}, without {missing}, at which the format ends a turn: a server "
+                "will not stop there",
+            )
+        )
+    if early:
+        findings.append(
+            Finding(
+                "stop",
+                "export_stops_early",
+                f"{path.name} has eos_token_id {ends}, with {early}, at which nothing ended in training: a server will "
+                "stop inside answers",
+            )
+        )
+    return findings
+
+
+def _format_findings(saved: Encoder, saved_stop: StopRules, encoder: Encoder, stop: StopRules) -> list[Finding]:
+    """Check that `prompt_format.yaml`, which chat, generation and exports read, says what training used."""
+    there = {**format_section(saved.format), **saved_stop.model_dump()}
+    trained = {**format_section(encoder.format), **stop.model_dump()}
+    different = [key for key in {**trained, **there} if trained.get(key) != there.get(key)]
+    if not different:
         return []
+    key = different[0]
     return [
         Finding(
-            "stop",
-            "export_lacks_stop",
-            f"generation_config.json has eos_token_id {ends}, without {missing}, at which the format ends a turn: a "
-            "server will not stop there",
+            "parity",
+            "format_differs",
+            f"prompt_format.yaml is not the format of training, in {', '.join(different)}: {key} is "
+            f"{there.get(key)!r}, and was {trained.get(key)!r}",
         )
     ]
+
+
+def unusable(error: InputError) -> Finding:
+    """Say that what text becomes cannot be found out at all."""
+    return Finding("parity", "unusable", f"the artifact's text side cannot be used: {error}")
 
 
 def _remark(proof: Proof, certificate: Certificate) -> None:
@@ -271,43 +324,53 @@ def _remark(proof: Proof, certificate: Certificate) -> None:
 def text_hashes(directory: Path) -> dict[str, str]:
     """Hash the files of an artifact that decide what text becomes."""
     return {
-        name: hashlib.blake2b((directory / name).read_bytes(), digest_size=16).hexdigest()
-        for name in _TEXT_FILES
-        if (directory / name).is_file()
+        str(path.relative_to(directory)): hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        for pattern in _TEXT_FILES
+        for path in sorted(directory.glob(pattern))
+        if path.is_file()
     }
 
 
-def edited_files(directory: Path, trained: Mapping[str, Any]) -> list[Finding]:
+def edited_files(directory: Path, trained: Record) -> list[Finding]:
     """Name the files of an artifact's text side that are not those of its training any more."""
-    findings: list[Finding] = []
-    now = text_hashes(directory)
-    for name, before in trained["files"].items():
-        if now.get(name) != before:
-            what = "has been edited" if name in now else "is missing"
-            findings.append(
-                Finding("parity", "edited", f"{name} {what} since training: what is served is not what was trained")
-            )
-    return findings
+    return changed_files("parity", trained.files, text_hashes(directory))
 
 
-def prove_record(directory: Path, trained: Mapping[str, Any], encoder: Encoder, stop: StopRules) -> list[Finding]:
-    """Compare the text side of an artifact with the record of its training: nothing was edited since."""
-    findings = edited_files(directory, trained)
-    if trained["stop"] != json.loads(stop.model_dump_json()):
+def changed_files(check: Check, before: Mapping[str, str], now: Mapping[str, str]) -> list[Finding]:
+    """Name files that were edited, that vanished and that appeared, by their hashes."""
+    what = {
+        name: "has been edited" if name in before and name in now else "is missing" if name in before else "was added"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    }
+    return [
+        Finding(check, "edited", f"{name} {happened} since training: what is served is not what was trained")
+        for name, happened in what.items()
+    ]
+
+
+def prove_record(trained: Record, encoder: Encoder, stop: StopRules) -> list[Finding]:
+    """Compare an artifact's format and stops, as they are read, with the record of its training."""
+    findings = []
+    if trained.stop != stop:
         findings.append(
-            Finding("stop", "edited", f"the stop rules were {trained['stop']} in training, and are {stop.model_dump()}")
+            Finding(
+                "stop",
+                "edited",
+                f"the stop rules were {trained.stop.model_dump()} in training, and are {stop.model_dump()}",
+            )
         )
-    for number, example in enumerate(trained["conversations"]):
+    for number, example in enumerate(trained.conversations):
         (samples,) = encoder.encode_conversations(
-            [{"messages": example["messages"]}], "everything" if trained["task"] == "causal_lm" else "assistant"
+            [{"messages": example.messages}], "everything" if trained.task == "causal_lm" else "assistant"
         )
         if isinstance(samples, ConversationError):
             findings.append(Finding("parity", "refused", f"recorded conversation {number} is refused now: {samples}"))
-        elif list(samples[0].input_ids) != example["input_ids"]:
-            shown = side_by_side(example["input_ids"], samples[0].input_ids, encoder.decode)
+        elif list(samples[0].input_ids) != example.input_ids:
+            shown = side_by_side(example.input_ids, samples[0].input_ids, encoder.decode)
             findings.append(
                 Finding("parity", "ids_differ", f"recorded conversation {number} has other token ids now: {shown}")
             )
-        elif list(samples[0].loss_weights) != example["loss_weights"]:
+        elif list(samples[0].loss_weights) != example.loss_weights:
             findings.append(Finding("mask", "weights_differ", f"recorded conversation {number} is masked otherwise"))
     return findings

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ from safetensors import safe_open
 
 from llmforge.data.samples import Sample
 from llmforge.errors import ConversationError, LlmforgeError, ModelError
-from llmforge.export.proof import SEED, Proof
-from llmforge.export.prove_text import text_hashes
+from llmforge.export.fingerprint import Numbers, other_numbers, trained_numbers, weight_hashes
+from llmforge.export.proof import SEED, Example, Proof, Record
+from llmforge.export.prove_text import changed_files, text_hashes
 from llmforge.export.round_trip import Agreement, Autocast, Reference, log_prob_difference, measure
 from llmforge.models.adapter import is_tied, merge
 from llmforge.models.device import DTYPES, Dtype
-from llmforge.models.load import UNREADABLE, build_skeleton
+from llmforge.models.load import UNREADABLE, build_skeleton, quiet, reason
 from llmforge.models.merge import servability
-from llmforge.models.source import ADAPTER_WEIGHTS, ModelSource
+from llmforge.models.source import ADAPTER_WEIGHTS, ModelSource, check_adapter, check_weights
 from llmforge.models.trained import is_adapter, load_trained_model
 from llmforge.prompt import Encoder, Message, StopRules
 from llmforge.prompt.adversary import random_conversations
@@ -31,7 +33,7 @@ PROBES = 4  # rows, and as many random conversations, that models are compared o
 # the order of additions alone makes some thousandths; a merged matrix is rounded to bf16 once more.
 TOLERANCE: Mapping[Dtype, tuple[float, float]] = {"fp32": (1e-6, 1e-3), "bf16": (5e-3, 5e-2)}
 MERGED_TOLERANCE: Mapping[Dtype, tuple[float, float]] = {"fp32": (1e-6, 1e-3), "bf16": (2e-2, 1e-1)}
-LOST_SHARE = 0.1  # of what training changed in the model's predictions: what may get lost on the way to disk
+LOST_SHARE = 0.3  # of what training changed in the model's predictions: what merging may lose without a word
 NOISE: Mapping[Dtype, float] = {
     "fp32": 1e-6,
     "bf16": 1e-4,
@@ -40,11 +42,16 @@ NOISE: Mapping[Dtype, float] = {
 
 @dataclass(frozen=True)
 class Recording:
-    """What the training model computed for some probes: those of rows come first, then `samples` of `conversations`."""
+    """What the training model held, and what it computed for probes: of rows first, then of `conversations`.
+
+    `numbers` are the hashes of what was trained; `findings` say what is wrong with the loss.
+    """
 
     conversations: list[list[Message]]
     samples: list[Sample]
     reference: Reference
+    numbers: Numbers
+    findings: list[Finding]
 
 
 def record(
@@ -53,52 +60,124 @@ def record(
     encoder: Encoder,
     task: LanguageModeling,
     rows: Sequence[Sequence[int]],
+    start: Mapping[str, torch.Tensor],
+    dtype: Dtype,
     longest: int,
     device: torch.device,
     autocast: Autocast,
 ) -> Recording:
-    """Run the training model over probes: the token ids of some rows, and of random conversations.
+    """Run the training model over probes: the token ids of some rows, and of made-up conversations.
 
     Args:
         rows: token ids of samples; `PROBES` of them are used.
+        start: an adapter's `starting_point`.
+        dtype: number format of the computation, and of a plain model's weights on disk.
         longest: tokens that a probe may have.
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    conversations: list[list[Message]] = []
-    samples: list[Sample] = []
+    made_up = made_up_samples(encoder, task, vocabulary)
+    samples = [sample for _, sample in made_up]
+    probes = [list(ids) for ids in rows if len(ids) > 1][:PROBES] + [sample.input_ids for sample in samples]
+    reference = measure(model, [probe[:longest] for probe in probes], device=device, autocast=autocast)
+    behind = len(probes) - len(samples)
+    return Recording(
+        [messages for messages, _ in made_up],
+        samples,
+        reference,
+        trained_numbers(model, start, DTYPES[dtype]),
+        _loss_findings(
+            model,
+            task,
+            [Sample(sample.input_ids[:longest], sample.loss_weights[:longest]) for sample in samples],
+            reference.log_probs()[behind:],
+            allowed=TOLERANCE[dtype][1],
+            device=device,
+            autocast=autocast,
+        ),
+    )
+
+
+def made_up_samples(encoder: Encoder, task: LanguageModeling, vocabulary: int) -> list[tuple[list[Message], Sample]]:
+    """Give `PROBES` conversations that nobody had, each with its sample; fewer where the format refuses most of them.
+
+    Args:
+        vocabulary: how many tokens the model has.
+    """
+    found: list[tuple[list[Message], Sample]] = []
     for messages in random_conversations(10 * PROBES, SEED + 1, orderly=True):
-        if len(samples) == PROBES:
+        if len(found) == PROBES:
             break
         if not any(message["role"] == "assistant" for message in messages):
             continue
         (encoded,) = encoder.encode_conversations([{"messages": messages}], task.trained)
         if not isinstance(encoded, ConversationError) and max(encoded[0].input_ids) < vocabulary:
-            conversations.append(messages)
-            samples.append(encoded[0])
-    probes = [list(ids) for ids in rows if len(ids) > 1][:PROBES] + [sample.input_ids for sample in samples]
-    reference = measure(model, [probe[:longest] for probe in probes], device=device, autocast=autocast)
-    return Recording(conversations, samples, reference)
+            found.append((messages, encoded[0]))
+    return found
+
+
+@torch.no_grad()
+def _loss_findings(
+    model: Any,
+    task: LanguageModeling,
+    samples: Sequence[Sample],
+    log_probs: Sequence[Sequence[float]],
+    *,
+    allowed: float,
+    device: torch.device,
+    autocast: Autocast,
+) -> list[Finding]:
+    """Check that the loss is the mean negative log-probability of the trained tokens, by the model's own logits.
+
+    Args:
+        log_probs: of the last tokens of each sample; the loss of these alone is asked for.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        for sample, of_the_last in zip(samples, log_probs, strict=True):
+            first = len(sample.input_ids) - len(of_the_last)
+            weights = [0.0] * first + list(sample.loss_weights[first:])
+            if (task.pad_to is not None and len(weights) > task.pad_to) or not any(weights):
+                continue
+            with quiet(), autocast():
+                loss = task.loss(model, task.collate([Sample(sample.input_ids, weights)]).to(device))
+            found = float(loss.sum) / loss.weight
+            expected = -sum(w * p for w, p in zip(weights[first:], of_the_last, strict=True)) / sum(weights)
+            if not abs(found - expected) <= allowed:
+                return [
+                    Finding(
+                        "mask",
+                        "loss_differs",
+                        f"the loss of a made-up conversation is {found:.5g} nats per trained token, and the model's "
+                        f"logits for these tokens give {expected:.5g}: the model was trained on something else than "
+                        "its samples say",
+                    )
+                ]
+    finally:
+        model.train(was_training)
+    return []
 
 
 def training_record(
     directory: Path, recording: Recording, *, task: LanguageModeling, dtype: Dtype, stop: StopRules
-) -> dict[str, Any]:
+) -> Record:
     """Give what `proof.json` keeps of training, so that the proof can be repeated: no row of the user's is in it."""
     own = len(recording.reference.probes) - len(recording.samples)
-    return {
-        "task": task.name,
-        "dtype": dtype,
-        "is_adapter": is_adapter(directory),
-        "stop": stop.model_dump(mode="json"),
-        "files": text_hashes(directory),
-        "conversations": [
-            {
-                "messages": messages,
-                "input_ids": list(sample.input_ids),
-                "loss_weights": list(sample.loss_weights),
-                "probe_tokens": len(probe),
-                "log_probs": log_probs,
-            }
+    return Record(
+        task=task.name,
+        dtype=dtype,
+        is_adapter=is_adapter(directory),
+        stop=stop,
+        files=text_hashes(directory),
+        weights=weight_hashes(directory),
+        conversations=[
+            Example(
+                messages=[dict(message) for message in messages],
+                input_ids=list(sample.input_ids),
+                loss_weights=list(sample.loss_weights),
+                probe_tokens=len(probe),
+                log_probs=log_probs,
+            )
             for messages, sample, probe, log_probs in zip(
                 recording.conversations,
                 recording.samples,
@@ -107,12 +186,17 @@ def training_record(
                 strict=True,
             )
         ],
-    }
+    )
+
+
+def edited_weights(directory: Path, trained: Record) -> list[Finding]:
+    """Name the files of an artifact's weights that are not those of its training, or of its merge, any more."""
+    return changed_files("round_trip", trained.weights, weight_hashes(directory)) if trained.weights else []
 
 
 def prove_weights(
     directory: Path,
-    trained: Reference | Mapping[str, Any] | None,
+    trained: Recording | Record | None,
     *,
     probes: Sequence[Sequence[int]] = (),
     dtype: Dtype,
@@ -122,67 +206,115 @@ def prove_weights(
     trust_remote_code: bool = False,
     allow_pickle_weights: Sequence[str] = (),
 ) -> Proof:
-    """Prove that artifact and merged model compute what the model in training did; that need not be in memory any more.
+    """Prove that an artifact holds what was trained, and that it and its merged model compute what was computed then.
+
+    The model in training need not be in memory any more.
 
     Args:
-        trained: what it computed: its logits, or the record of some log-probabilities in `proof.json`; None where
-            nothing is known of it, so that only artifact and merged model can be compared, on `probes`.
+        trained: what it held and computed, or the record of it in `proof.json`; None where nothing is known of it, so
+            that only artifact and merged model can be compared.
+        probes: token ids to compare them on where no record has any.
         dtype: number format of the computation.
         weights_dtype: of the weights in memory.
     """
     proof = Proof()
     section: dict[str, Any] = {"dtype": dtype}
     proof.sections["round_trip"] = section
-    proof.findings += weight_findings(directory)
-    if proof.findings:
-        return proof
+    recorded: list[list[int]] = []
+    if isinstance(trained, Recording):
+        recorded = trained.reference.probes
+    elif trained is not None:
+        proof.findings += edited_weights(directory, trained)
+        recorded = [example.probe for example in trained.conversations]
     try:
+        if damage := weight_findings(directory):
+            proof.findings += damage
+            return proof
         model = load_trained_model(
             directory,
             dtype=weights_dtype,
             trust_remote_code=trust_remote_code,
             allow_pickle_weights=allow_pickle_weights,
-        ).to(device)
-    except (LlmforgeError, RuntimeError, ValueError) as error:  # PEFT raises the latter two for files that do not fit
-        reason = " ".join(str(error).split())[:300]
-        proof.findings.append(Finding("round_trip", "unreadable", f"the artifact does not load again: {reason}"))
+        )
+        if isinstance(trained, Recording):
+            _compare_numbers(proof, model, trained.numbers, weights_dtype)
+        probes = recorded or _cut(model, probes)
+        _check_vocabulary(model, probes)
+        reloaded = measure(model.to(device), probes, device=device, autocast=autocast)
+    except torch.OutOfMemoryError:
+        raise
+    except (LlmforgeError, IndexError, *UNREADABLE) as error:
+        proof.findings.append(
+            Finding("round_trip", "unreadable", f"the artifact cannot be loaded and run: {reason(error)}")
+        )
+        return proof
+    section["probes"] = len(probes)
+    if not reloaded.is_finite:
+        proof.findings.append(
+            Finding("round_trip", "not_finite", "the artifact, loaded again, computes NaN or infinity")
+        )
+        return proof
+    reference = reloaded
+    if isinstance(trained, Recording):
+        reference = trained.reference
+        _compare(proof, "reloaded", reference.agreement(reloaded), TOLERANCE[dtype])
+    elif trained is not None and trained.conversations:
+        log_probs = [example.log_probs for example in trained.conversations]
+        _compare_record(proof, reloaded, log_probs, _record_tolerance(directory, trained, dtype))
+    if not is_adapter(directory) or not probes:
         return proof
 
-    def run() -> Reference:
-        return measure(model, probes, device=device, autocast=autocast)
-
-    if isinstance(trained, Reference):
-        probes = trained.probes
-        reloaded = run()
-        _compare(proof, "reloaded", trained.agreement(reloaded), TOLERANCE[dtype])
-        reference = trained
-    elif trained is not None:
-        probes = [example["input_ids"][: example["probe_tokens"]] for example in trained["conversations"]]
-        reference = reloaded = run()
-        recorded = [example["log_probs"] for example in trained["conversations"]]
-        _compare_record(proof, reloaded, recorded, _record_tolerance(directory, trained, dtype))
-    else:
-        reference = reloaded = run()
-    section["probes"] = len(reference.probes)
-    if not is_adapter(directory):
-        return proof
     unservable = servability(directory)
     section["adapter_can_be_served"] = not unservable
     proof.remarks += unservable
     with model.disable_adapter():
-        effect = reference.agreement(run())
+        effect = reference.agreement(measure(model, probes, device=device, autocast=autocast))
     section["effect_of_training"] = {"kl": effect.figures()["kl"]}
-    if reference is not reloaded and reference.agreement(reloaded).kl > max(LOST_SHARE * effect.kl, NOISE[dtype]):
-        _differs(proof, "reloaded", reference.agreement(reloaded), TOLERANCE[dtype])
-    model = merge(model)
-    merged = reference.agreement(run())
+    try:
+        model = merge(model)
+    except torch.OutOfMemoryError:
+        raise
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        proof.remarks.append(f"The adapter cannot be merged, and only PEFT can serve it: {reason(error)}")
+        return proof
+    merged = reference.agreement(measure(model, probes, device=device, autocast=autocast))
     _compare(proof, "merged", merged, MERGED_TOLERANCE[dtype])
-    if proof.proven and merged.kl > max(LOST_SHARE * effect.kl, NOISE[dtype]):
+    # Divergence grows with the square of a change.
+    lost = sqrt(merged.kl / max(effect.kl, NOISE[dtype]))
+    if proof.proven and merged.kl > NOISE[dtype] and lost > LOST_SHARE:
         proof.remarks.append(
-            f"merged in {dtype}, the model loses {merged.kl / effect.kl:.0%} of what training changed ({merged.kl:.3g} "
-            f"of {effect.kl:.3g} nats) to rounding: serve the adapter, or merge in fp32"
+            f"merged in {dtype}, the model loses some {lost:.0%} of what training changed ({merged.kl:.3g} of "
+            f"{effect.kl:.3g} nats) to rounding: serve the adapter, or merge in fp32"
         )
     return proof
+
+
+def _cut(model: Any, probes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Cut probes to the positions that a model has."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or -1
+    longest = min(LONGEST_PROBE, positions) if positions > 0 else LONGEST_PROBE  # XLNet says -1
+    return [list(probe[:longest]) for probe in probes if len(probe) > 1]
+
+
+def _check_vocabulary(model: Any, probes: Sequence[Sequence[int]]) -> None:
+    """Raise ModelError for a model that lacks tokens which its tokenizer and its training use."""
+    largest, rows = max(map(max, probes), default=0), len(model.get_input_embeddings().weight)
+    if largest >= rows:
+        raise ModelError(f"the model has embeddings for {rows} tokens, and was trained with token {largest}")
+
+
+def _compare_numbers(proof: Proof, model: Any, trained: Numbers, dtype: torch.dtype) -> None:
+    others = other_numbers(model, trained, dtype)
+    proof.sections["round_trip"]["trained_tensors"] = len(trained.tensors)
+    if others:
+        proof.findings.append(
+            Finding(
+                "round_trip",
+                "saved_differs",
+                f"of {len(trained.tensors)} trained tensors and {len(trained.scales)} scales of adapted modules, "
+                f"{len(others)} are not on disk as they were trained: {', '.join(others[:3])}",
+            )
+        )
 
 
 def weight_findings(directory: Path) -> list[Finding]:
@@ -192,9 +324,9 @@ def weight_findings(directory: Path) -> list[Finding]:
     in the files of a model whose config.json says that they are one (https://github.com/huggingface/peft/issues/2777).
     """
     if is_adapter(directory):
+        check_adapter(directory, key="artifact")
         path = directory / ADAPTER_WEIGHTS
-        tensors = tensor_names([path]) if path.is_file() else []
-        if tensors:
+        if tensor_names([path]):
             return []
         return [
             Finding(
@@ -204,6 +336,7 @@ def weight_findings(directory: Path) -> list[Finding]:
                 "Write it again from the run's last checkpoint",
             )
         ]
+    check_weights(directory, key="artifact")
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if not config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)):
         return []
@@ -265,13 +398,13 @@ def _differs(proof: Proof, name: str, agreement: Agreement, tolerance: tuple[flo
     )
 
 
-def _record_tolerance(directory: Path, trained: Mapping[str, Any], dtype: Dtype) -> float:
+def _record_tolerance(directory: Path, trained: Record, dtype: Dtype) -> float:
     """Give what log-probabilities may differ by: more where weights were merged, or rounded, since training."""
     if is_adapter(directory):
         return TOLERANCE[dtype][1]
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     saved = config.get("dtype") or config.get("torch_dtype")
-    if not trained["is_adapter"] and saved == str(DTYPES[dtype]).removeprefix("torch."):
+    if not trained.is_adapter and saved == str(DTYPES[dtype]).removeprefix("torch."):
         return TOLERANCE[dtype][1]
     return MERGED_TOLERANCE[dtype if saved == "float32" else "bf16"][1]
 

@@ -3,7 +3,6 @@
 Shapes: T tokens of a probe, P places of it that are looked at, V vocabulary.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -67,6 +66,11 @@ class Reference:
             same_choice=float(torch.cat(choices).mean()),
         )
 
+    @property
+    def is_finite(self) -> bool:
+        """Say whether there are numbers to compare: no NaN, and nothing infinite."""
+        return all(bool(logits_PV.isfinite().all()) for logits_PV in self.logits)
+
     def log_probs(self) -> list[list[float]]:
         """Give the log-probabilities of each probe's last tokens, P of them, rounded to five digits."""
         return [
@@ -99,8 +103,6 @@ def log_prob_difference(reference: Reference, recorded: Sequence[Sequence[float]
         for ours_P, theirs_P in zip(reference.log_probs(), recorded, strict=True)
         for ours, theirs in zip(ours_P, theirs_P, strict=True)
     ]
-    if not all(map(math.isfinite, differences)):
-        return math.inf, math.inf
     return sum(differences) / len(differences), max(differences)
 
 

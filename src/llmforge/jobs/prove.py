@@ -14,9 +14,10 @@ from llmforge.jobs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from llmforge.config.schema import FineTuningConfig
-    from llmforge.export.proof import Proof
+    from llmforge.export.proof import Proof, Record
     from llmforge.export.prove_text import Row
-    from llmforge.prompt import Encoder
+    from llmforge.prompt import Encoder, StopRules
+    from llmforge.prompt.certificate import Finding
     from llmforge.tasks import LanguageModeling
 
 
@@ -37,44 +38,46 @@ def prove(path: Path, *, data: Sequence[str] = ()) -> Proven:
             none for an artifact alone.
 
     Raises:
-        InputError: there is no artifact, its base model is missing, or the data cannot be used.
+        InputError: there is no artifact, or nothing to prove it on; the data cannot be used; or, where there is no
+            record of training to compare it with, the artifact cannot be read.
     """
     import torch
 
     from llmforge.export.proof import FILE_NAME, Proof, read_record
-    from llmforge.export.prove_text import Row, edited_files, prove_record, prove_text
+    from llmforge.export.prove_text import unusable
     from llmforge.export.prove_weights import prove_weights
     from llmforge.models.device import DTYPES, autocast, best_dtype, find_device
     from llmforge.models.load import load_tokenizer
     from llmforge.models.source import ModelSource
+    from llmforge.models.trained import is_adapter
     from llmforge.prompt import load_format
-    from llmforge.prompt.certificate import Finding
-    from llmforge.tasks import TASKS
 
-    artifact = find_artifact(path)
+    artifact = _find_artifact(path)
     config = _run_config(artifact)
     trust, pickles = (False, []) if config is None else (config.trust_remote_code, config.allow_pickle_weights)
     record = read_record(artifact)
-    tokenizer = load_tokenizer(ModelSource(str(artifact), artifact), trust_remote_code=trust)
-    encoder, stop = load_format(artifact, tokenizer)
-    task_name = record["task"] if record is not None else (config.task if config else None) or "instruction_tuning"
-    task = TASKS[task_name](pad_token_id=tokenizer.pad_token_id or 0, pad_to=None, keeps_logits=False)
-    findings: list[Finding] = []
-    rows: list[Row] = []
+    probes: list[list[int]] = []
     try:
-        findings += [] if record is None else prove_record(artifact, record, encoder, stop)
-        rows += _rows(data, config, encoder, task)
-        text = prove_text(artifact, encoder=encoder, stop=stop, task=task, rows=rows, trust_remote_code=trust)
-    except PromptFormatError as error:
-        text = Proof(findings=[Finding("parity", "unusable", f"the artifact's format cannot be used: {error}")])
-        findings += [] if record is None else edited_files(artifact, record)
+        tokenizer = load_tokenizer(ModelSource(str(artifact), artifact), trust_remote_code=trust)
+        encoder, stop = load_format(artifact, tokenizer)
+    except InputError as error:
+        if record is None:
+            raise
+        text = Proof(findings=[*_edited(artifact, record), unusable(error)])
+    else:
+        text, probes = _prove_text(artifact, record, encoder, stop, config, data)
+    if record is None and is_adapter(artifact) and not probes:
+        raise InputError(
+            f"{artifact} has no record of its training, its format refuses all made-up conversations, and there are no "
+            "rows; give some with --data"
+        )
 
     device = find_device()
-    dtype = record["dtype"] if record is not None else best_dtype(device)[0]
+    dtype = record.dtype if record is not None else best_dtype(device)[0]
     weights = prove_weights(
         artifact,
         record,
-        probes=[list(row.samples[0].input_ids) for row in rows if row.samples][:4],
+        probes=probes,
         dtype=dtype,
         weights_dtype=DTYPES[dtype],
         device=device,
@@ -82,12 +85,54 @@ def prove(path: Path, *, data: Sequence[str] = ()) -> Proven:
         trust_remote_code=trust,
         allow_pickle_weights=pickles,
     )
-    remarks = [*text.remarks, *weights.remarks]
-    if record is None:
-        remarks.append("proof.json has no record of training, so only artifact and merged model could be compared")
-    proof = Proof({**text.sections, **weights.sections}, [*findings, *text.findings, *weights.findings], remarks)
+    proof = Proof(
+        {**text.sections, **weights.sections},
+        [*text.findings, *weights.findings],
+        [*text.remarks, *weights.remarks],
+    )
+    if record is None or not (record.weights or record.conversations):
+        proof.left_open = "whether these are the weights that were trained: proof.json has no record of that"
     write_atomically(artifact / FILE_NAME, proof.to_json(record))
     return Proven(artifact, proof)
+
+
+def _edited(artifact: Path, record: "Record | None") -> "list[Finding]":
+    from llmforge.export.prove_text import edited_files
+
+    return [] if record is None else edited_files(artifact, record)
+
+
+def _prove_text(
+    artifact: Path,
+    record: "Record | None",
+    encoder: "Encoder",
+    stop: "StopRules",
+    config: "FineTuningConfig | None",
+    data: Sequence[str],
+) -> "tuple[Proof, list[list[int]]]":
+    """Prove the text side, and give token ids to compare weights on: of rows, or else of made-up conversations."""
+    from llmforge.export.proof import Proof
+    from llmforge.export.prove_text import prove_record, prove_text, unusable
+    from llmforge.export.prove_weights import PROBES, made_up_samples
+    from llmforge.tasks import TASKS
+
+    name = record.task if record is not None else (config.task if config else None) or "instruction_tuning"
+    task = TASKS[name](pad_token_id=encoder.tokenizer.pad_token_id or 0, pad_to=None, keeps_logits=False)
+    trust = config is not None and config.trust_remote_code
+    findings = _edited(artifact, record)
+    probes: list[list[int]] = []
+    try:
+        findings += [] if record is None else prove_record(record, encoder, stop)
+        rows = list(_rows(data, config, encoder, task))
+        samples = [row.samples[0] for row in rows if row.samples][:PROBES]
+        if not samples:
+            samples = [sample for _, sample in made_up_samples(encoder, task, len(encoder.tokenizer))]
+        probes = [list(sample.input_ids) for sample in samples]
+        text = prove_text(artifact, encoder=encoder, stop=stop, task=task, rows=rows, trust_remote_code=trust)
+    except PromptFormatError as error:
+        text = Proof(findings=[unusable(error)])
+    text.findings[:0] = findings
+    return text, probes
 
 
 def check_prompts(loaded: LoadedConfig) -> "tuple[Proof, list[str]]":
@@ -106,6 +151,20 @@ def check_prompts(loaded: LoadedConfig) -> "tuple[Proof, list[str]]":
     for note in loaded.notes:
         notes.note(note)
     return prepare_run(loaded, notes, allow_unproven=True).text_proof, notes.lines
+
+
+def _find_artifact(path: Path) -> Path:
+    """Find an artifact by its format or, where that was lost since, by its weights and the record of its training.
+
+    Raises:
+        InputError: there is none.
+    """
+    if (path / "proof.json").is_file() and any(path.glob("*.safetensors")):
+        return path
+    try:
+        return find_artifact(path)
+    except InputError as error:
+        raise InputError(f"{error}; or give an artifact, a directory with prompt_format.yaml in it") from error
 
 
 def _run_config(artifact: Path) -> "FineTuningConfig | None":

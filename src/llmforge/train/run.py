@@ -33,6 +33,7 @@ from llmforge.models.adapter import (
     add_lora,
     check_continuation,
     describe_left_out,
+    describe_unmergeable,
     left_out,
     load_adapter,
     starting_point,
@@ -236,6 +237,8 @@ def run(
         encoder=preparation.encoder,
         task=task,
         rows=[row.samples[0].input_ids for row in preparation.rows_to_prove if row.samples],
+        start=start,
+        dtype=config.speed.dtype,
         longest=min(LONGEST_PROBE, native),
         device=preparation.device,
         autocast=forward_context,
@@ -249,13 +252,12 @@ def run(
         del model, optimizer  # the proof loads the artifact, and two models may not fit
         began = time.perf_counter()
         proof = _prove(preparation, directory, recording, task)
+        trained = training_record(directory, recording, task=task, dtype=config.speed.dtype, stop=preparation.stop)
+        text = proof.to_json(trained)
         seconds = proof_seconds + time.perf_counter() - began
         reporter.event("proof", proven=proof.proven, **proof.sections, seconds=seconds)
         for remark in proof.remarks:
             reporter.note(remark)
-        text = proof.to_json(
-            training_record(directory, recording, task=task, dtype=config.speed.dtype, stop=preparation.stop)
-        )
         if not (proof.proven or allow_unproven):
             write_atomically(artifact.with_name(PROOF), text)
             raise ProofError(
@@ -272,7 +274,8 @@ def run(
         model=model,
         start=start,
         base_model=base_model,
-        revision=config.model.revision,
+        # That of model_id, and not of other weights that the run began with.
+        revision=config.model.revision if preparation.weights_source is preparation.tokenizer_source else None,
         dtype=DTYPES[config.speed.dtype],
         encoder=preparation.encoder,
         stop=preparation.stop,
@@ -296,7 +299,7 @@ def _prove(preparation: Preparation, directory: Path, recording: Recording, task
     )
     weights = prove_weights(
         directory,
-        recording.reference,
+        recording,
         dtype=config.speed.dtype,
         weights_dtype=DTYPES[config.speed.dtype],
         device=preparation.device,
@@ -304,7 +307,8 @@ def _prove(preparation: Preparation, directory: Path, recording: Recording, task
         trust_remote_code=config.model.trust_remote_code,
         allow_pickle_weights=config.model.allow_pickle_weights,
     )
-    return Proof({**text.sections, **weights.sections}, [*text.findings, *weights.findings], [*weights.remarks])
+    findings = [*recording.findings, *text.findings, *weights.findings]
+    return Proof({**text.sections, **weights.sections}, findings, [*weights.remarks])
 
 
 @contextmanager
@@ -358,6 +362,8 @@ def _load_model(preparation: Preparation, reporter: Reporter) -> tuple[Any, dict
         load_adapter(model, preparation.adapter)
         return model, {}
     model = add_lora(model, options)
+    if unmergeable := describe_unmergeable(model):
+        reporter.note(unmergeable)
     return model, starting_point(model)
 
 

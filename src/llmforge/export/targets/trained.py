@@ -16,6 +16,7 @@ from llmforge.atomic import write_atomically
 from llmforge.errors import PromptFormatError
 from llmforge.export.artifact import stop_strings
 from llmforge.export.card import merged_card
+from llmforge.export.fingerprint import weight_hashes
 from llmforge.export.proof import FILE_NAME as PROOF
 from llmforge.export.proof import unproven_record
 from llmforge.export.targets.vocabulary import Spacing, new_tokens
@@ -96,6 +97,11 @@ class Trained:
 
     def write_merged(self, directory: Path) -> None:
         """Write whole weights with all that belongs to them: a plain model directory, and again an artifact."""
+        self._write_whole(directory)
+        if (record := unproven_record(self.artifact, weight_hashes(directory))) is not None:
+            write_atomically(directory / PROOF, record)
+
+    def _write_whole(self, directory: Path) -> None:
         directory.mkdir(exist_ok=True)
         dtype = None if self.dtype is None else DTYPES[self.dtype]
         if self.is_adapter:
@@ -126,8 +132,7 @@ class Trained:
             directory: is created.
             chat_template: whether the file is to hold the chat template.
         """
-        self.write_merged(directory)
-        (directory / PROOF).unlink(missing_ok=True)  # of other files than these will be
+        self._write_whole(directory)
         tokenizer = self.encoder.tokenizer
         if (original := self.sentencepiece_file()) is not None:
             shutil.copyfile(original, directory / SENTENCEPIECE)
@@ -191,8 +196,6 @@ class Trained:
         for path in sorted(self.artifact.iterdir()):
             if path.is_file() and path.suffix != ".safetensors" and path.name not in _OF_THE_ADAPTER:
                 shutil.copyfile(path, directory / path.name)
-        if (record := unproven_record(self.artifact)) is not None:
-            write_atomically(directory / PROOF, record)
 
 
 def as_yaml_comment(lines: Sequence[str]) -> str:
