@@ -9,6 +9,7 @@ from math import nan
 from pathlib import Path
 from typing import Any, ClassVar
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -762,6 +763,20 @@ def test_biases_that_no_base_layer_can_take_are_told_before_training(data_dir: P
     )
     with pytest.raises(ModelError, match="cannot be merged"):
         export(run.run_dir, format="merged", to=data_dir / "merged")
+
+
+def test_a_merge_that_fails_for_no_known_reason_is_no_remark(
+    data_dir: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT's own word for a merge that gives NaN, from its own merge: the adapter computes well until then."""
+    run, _ = run_here(data_dir, model_dir, lora_config=LORA, learning_rate=1e-2)
+    delta = peft.tuners.lora.Linear.get_delta_weight
+    monkeypatch.setattr(
+        peft.tuners.lora.Linear, "get_delta_weight", lambda layer, adapter: delta(layer, adapter) * float("nan")
+    )
+    failure = only_failure(prove(run.run_dir).proof)
+    assert (failure["check"], failure["code"]) == ("round_trip", "merge_fails")
+    assert "NaNs detected in the merged weights" in failure["message"]
 
 
 @pytest.mark.parametrize("bug", ["shifted twice", "weight"])

@@ -16,7 +16,7 @@ from llmforge.export.fingerprint import Numbers, other_numbers, trained_numbers,
 from llmforge.export.proof import SEED, Example, Proof, Record
 from llmforge.export.prove_text import changed_files, text_hashes
 from llmforge.export.round_trip import Agreement, Autocast, Reference, log_prob_difference, measure
-from llmforge.models.adapter import is_tied, merge
+from llmforge.models.adapter import describe_unmergeable, is_tied, merge
 from llmforge.models.device import DTYPES, Dtype
 from llmforge.models.load import UNREADABLE, build_skeleton, quiet, reason
 from llmforge.models.merge import servability
@@ -270,12 +270,18 @@ def prove_weights(
     with model.disable_adapter():
         effect = reference.agreement(measure(model, probes, device=device, autocast=autocast))
     section["effect_of_training"] = {"kl": effect.figures()["kl"]}
+    unmergeable = describe_unmergeable(model)
     try:
         model = merge(model)
     except torch.OutOfMemoryError:
         raise
-    except (NotImplementedError, RuntimeError, ValueError) as error:
-        proof.remarks.append(f"The adapter cannot be merged, and only PEFT can serve it: {reason(error)}")
+    except (RuntimeError, ValueError) as error:
+        if unmergeable or isinstance(error, NotImplementedError):  # which kinds of adapters PEFT never merges
+            proof.remarks.append(f"The adapter cannot be merged, and only PEFT can serve it: {reason(error)}")
+        else:
+            proof.findings.append(
+                Finding("round_trip", "merge_fails", f"the adapter cannot be merged into its base: {reason(error)}")
+            )
         return proof
     merged = reference.agreement(measure(model, probes, device=device, autocast=autocast))
     _compare(proof, "merged", merged, MERGED_TOLERANCE[dtype])
