@@ -13,7 +13,6 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from llmforge.data.samples import Sample
-from llmforge.models.head import Head
 from llmforge.prompt.encoder import Trained
 
 
@@ -64,13 +63,11 @@ class LanguageModeling:
         pad_to: length that every batch is padded to; None pads to its longest sample.
         keeps_logits: whether the model's forward takes `logits_to_keep`, so that the head computes only what the loss
             reads.
-        head: the model's head, where it could be taken apart: it then computes trained places only, some at a time.
     """
 
     pad_token_id: int
     pad_to: int | None
     keeps_logits: bool
-    head: Head | None = None
 
     name: ClassVar[Literal["causal_lm", "instruction_tuning"]]
     trained: ClassVar[Trained]
@@ -101,18 +98,12 @@ class LanguageModeling:
     def loss(self, model: Any, batch: Batch) -> Loss:
         """Sum the weighted cross-entropy of the trained tokens, in nats.
 
-        Only trained positions are turned into log-probabilities, in fp32 or wider. Where the model's head is known, it
-        sees nothing else; otherwise, where the model allows it, it runs where some row of the batch is trained.
+        Only trained positions are turned into log-probabilities, in fp32 or wider, and where the model allows it the
+        head runs only where some row of the batch is trained.
         """
         trained_BT = batch.loss_weights_BT > 0
         if not batch.weight:
             return Loss(torch.zeros((), device=batch.input_ids_BT.device, requires_grad=True), 0.0)
-        if self.head is not None:
-            # The hidden state at one place predicts the token at the next.
-            hidden_BTC = self.head.hidden(batch.input_ids_BT, batch.attention_mask_BT)
-            hidden_NC = hidden_BTC[:, :-1][trained_BT[:, 1:]]
-            targets_N, weights_N = batch.input_ids_BT[trained_BT], batch.loss_weights_BT[trained_BT]
-            return Loss(self.head.loss(hidden_NC, targets_N, weights_N), batch.weight)
         places_S = trained_BT.any(dim=0).nonzero().squeeze(1)
         # The logits at one place predict the token at the next. Places are given as a tensor even where they are a
         # tail: of a slice, torch makes a batched product that copies the head's weight for every row.

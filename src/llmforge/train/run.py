@@ -40,7 +40,6 @@ from llmforge.models.adapter import (
 )
 from llmforge.models.causality import check_causal
 from llmforge.models.device import DTYPES, autocast, device_name
-from llmforge.models.head import find_head
 from llmforge.models.load import (
     build_skeleton,
     count_parameters,
@@ -128,14 +127,12 @@ def run(
     forward_context = autocast(preparation.device, config.speed.dtype)
     with forward_context():
         check_causal(model)
-        head = find_head(model) if config.speed.torch_compile is None else None
     parameters, trainable = count_parameters(model)
     tokenizer = preparation.encoder.tokenizer
     task = preparation.task(
         pad_token_id=tokenizer.pad_token_id or 0,
         pad_to=config.data.context_length if config.data.padding == "max_length" else None,
         keeps_logits=takes_logits_to_keep(model),
-        head=head,
     )
     optimizer = build_optimizer(
         config.optimization.optimizer, model.named_parameters(), weight_decay=config.optimization.weight_decay
