@@ -11,7 +11,7 @@ import pytest
 from conftest import CHATML_TEMPLATE, build_tokenizer
 
 FAMILIES = {
-    "dense, rotary": ("llama", "qwen3", "gemma3_text", "olmo2", "phi3", "cohere", "glm4", "smollm3"),
+    "dense, rotary": ("llama", "qwen3", "gemma3_text", "gemma4", "olmo2", "phi3", "cohere", "glm4", "smollm3"),
     "dense, learned or no positions": ("gpt2", "opt", "bart", "gpt_neo", "biogpt"),
     "dense, ALiBi": ("bloom", "mpt"),
     "multi-query": ("gpt_bigcode", "falcon"),
