@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from conftest import build_model
 from llmforge.data.samples import Sample
 from llmforge.models.adapter import add_lora
-from llmforge.models.load import takes_logits_to_keep
+from llmforge.models.head import find_head
 from llmforge.tasks import Batch, CausalLM, InstructionTuning
 
 VOCAB, PAD = 97, 2
@@ -46,9 +46,9 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def loss_and_gradients(model: Any, batch: Batch, *, keeps_logits: bool) -> tuple[float, dict[str, torch.Tensor]]:
+def loss_and_gradients(model: Any, batch: Batch, *, head: bool) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
-    loss = InstructionTuning(PAD, None, keeps_logits).loss(model, batch)
+    loss = InstructionTuning(PAD, None).loss(model, batch, find_head(model) if head else None)
     (loss.sum / loss.weight).backward()
     return float(loss.sum.detach()) / loss.weight, gradients(model)
 
@@ -63,14 +63,13 @@ def plain_loss(model: Any, chosen: list[Sample]) -> torch.Tensor:
     return total / sum(weight for sample in chosen for weight in sample.loss_weights)
 
 
-@pytest.mark.parametrize("keeps_logits", [True, False])
+@pytest.mark.parametrize("head", [True, False])
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_loss_and_gradients_are_those_of_transformers_labels(kind: str, keeps_logits: bool) -> None:
+def test_loss_and_gradients_are_those_of_transformers_labels(kind: str, head: bool) -> None:
     model = build(kind)
-    assert takes_logits_to_keep(model)
-    batch = InstructionTuning(PAD, None, keeps_logits).collate(samples())
+    batch = InstructionTuning(PAD, None).collate(samples())
     assert not batch.attention_mask_BT.all()  # there is padding
-    loss, ours = loss_and_gradients(model, batch, keeps_logits=keeps_logits)
+    loss, ours = loss_and_gradients(model, batch, head=head)
 
     model.zero_grad()
     labels = batch.input_ids_BT.masked_fill(batch.loss_weights_BT == 0, -100)
@@ -99,11 +98,11 @@ def test_padding_and_weights_change_nothing_but_what_they_should(kind: str, weig
     plain.backward()
     expected = gradients(model)
     for pad_to in (None, 31):
-        batch = InstructionTuning(PAD, pad_to, True).collate(chosen)
+        batch = InstructionTuning(PAD, pad_to).collate(chosen)
         assert batch.weight == pytest.approx(sum(sum(s.loss_weights) for s in rounded), abs=1e-12)
         assert batch.tokens == sum(len(s.input_ids) for s in chosen)
         assert batch.trained_tokens == sum(weight > 0 for s in chosen for weight in s.loss_weights)
-        loss, ours = loss_and_gradients(model, batch, keeps_logits=True)
+        loss, ours = loss_and_gradients(model, batch, head=True)
         assert loss == pytest.approx(float(plain.detach()), abs=1e-9)
         for name, gradient in ours.items():
             torch.testing.assert_close(gradient, expected[name], **CLOSE)
@@ -111,7 +110,7 @@ def test_padding_and_weights_change_nothing_but_what_they_should(kind: str, weig
 
 def test_a_micro_batch_without_weight_costs_nothing_and_adds_no_gradient() -> None:
     model = build("full")
-    task = CausalLM(PAD, None, True)
+    task = CausalLM(PAD, None)
     loss = task.loss(model, task.collate([Sample([5, 6, 7], [0.0, 0.0, 0.0])]))
     loss.sum.backward()
     assert (float(loss.sum.detach()), loss.weight, gradients(model)) == (0.0, 0.0, {})
@@ -122,22 +121,9 @@ def test_one_trained_token_anywhere_is_enough(place: int) -> None:
     ids = list(range(10, 19))
     sample = Sample(ids, [float(index == place) for index in range(9)])
     model = build("full")
-    for keeps_logits in (True, False):
-        loss, _ = loss_and_gradients(
-            model, InstructionTuning(PAD, 12, keeps_logits).collate([sample]), keeps_logits=keeps_logits
-        )
+    for head in (True, False):
+        loss, _ = loss_and_gradients(model, InstructionTuning(PAD, 12).collate([sample]), head=head)
         assert loss == pytest.approx(float(plain_loss(model, [sample]).detach()), abs=1e-9)
-
-
-def test_the_head_runs_only_where_some_row_is_trained() -> None:
-    model = build("full")
-    seen: list[int] = []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
-    task = InstructionTuning(PAD, None, True)
-    first = Sample(list(range(10, 20)), [0.0] * 7 + [1.0] * 3)
-    second = Sample(list(range(20, 26)), [0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
-    task.loss(model, task.collate([first, second]))
-    assert seen == [4]  # the places 7, 8 and 9 of the first, and 2 of the second
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -145,12 +131,15 @@ def test_in_bf16_the_loss_is_close_and_summed_in_fp32(kind: str) -> None:
     from llmforge.models.device import autocast
 
     model = build(kind).float()
-    task = InstructionTuning(PAD, None, True)
+    task = InstructionTuning(PAD, None)
     batch = task.collate(samples())
+    head = find_head(model)
     with torch.no_grad():
-        exact = task.loss(model, batch)
+        exact = task.loss(model, batch, head)
         with autocast(torch.device("cpu"), "bf16")():
-            rounded = task.loss(model, batch)
+            rounded = task.loss(model, batch, head)
+            by_logits = task.loss(model, batch)
+    assert float(rounded.sum) == pytest.approx(float(by_logits.sum), rel=1e-6)
     assert rounded.sum.dtype == torch.float32
     assert float(rounded.sum) == pytest.approx(float(exact.sum), rel=5e-3)
     assert float(rounded.sum) != float(exact.sum)

@@ -34,7 +34,7 @@ from llmforge.models.device import DTYPES
 from llmforge.models.trained import load_trained_model
 from llmforge.prompt import ChatTemplate, Encoder, Format, PromptFormat, StopRules
 from llmforge.tasks import CausalLM, InstructionTuning
-from llmforge.tasks.language_modeling import Batch
+from llmforge.tasks.language_modeling import Batch, PackedBatch
 from tiny_runs import LORA, Listener, command, run_here, write_config
 
 CONVERSATION = [
@@ -64,7 +64,7 @@ def text_proof(
     stop = stop or StopRules.derive(served, [], [])
     directory.mkdir(exist_ok=True)
     write_text_side(directory, served, stop, build_generation_config(served, stop, {}))
-    task = task(pad_token_id=tokenizer.pad_token_id or 0, pad_to=None, keeps_logits=False)
+    task = task(pad_token_id=tokenizer.pad_token_id or 0, pad_to=None)
     encoded = encoder.encode_conversations(rows, task.trained)
     proven = [
         Row(f"rows.jsonl:{number}", row, spoil(samples))
@@ -280,7 +280,7 @@ class TestOldBugs:
         text_proof(tmp_path, format, chatml)
         config = json.loads((tmp_path / "generation_config.json").read_text())
         (tmp_path / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": 1}))
-        task = InstructionTuning(pad_token_id=2, pad_to=None, keeps_logits=False)
+        task = InstructionTuning(pad_token_id=2, pad_to=None)
         proof = prove_text(tmp_path, encoder=encoder, stop=stop, task=task, rows=[])
         assert codes(proof) == ["stop/export_lacks_stop", "stop/export_stops_early"]
         assert "eos_token_id 1, without [4], at which the format ends a turn" in message(proof, "export_lacks_stop")
@@ -290,7 +290,7 @@ class TestOldBugs:
         format = ChatTemplate(CHATML_TEMPLATE, chatml, True)
         text_proof(tmp_path, format, chatml)
         edit_json(tmp_path / "generation_config.json", eos_token_id=ends)
-        task = InstructionTuning(pad_token_id=2, pad_to=None, keeps_logits=False)
+        task = InstructionTuning(pad_token_id=2, pad_to=None)
         proof = prove_text(
             tmp_path, encoder=Encoder(chatml, format), stop=StopRules(token_ids=(4,)), task=task, rows=[]
         )
@@ -304,7 +304,7 @@ class TestOldBugs:
         (tmp_path / "generation_config.json").unlink()
         if content is not None:
             (tmp_path / "generation_config.json").write_text(content)
-        task = InstructionTuning(pad_token_id=2, pad_to=None, keeps_logits=False)
+        task = InstructionTuning(pad_token_id=2, pad_to=None)
         encoder, stop = Encoder(chatml, format), StopRules(token_ids=(4,))
         assert codes(prove_text(tmp_path, encoder=encoder, stop=stop, task=task, rows=[])) == [
             "stop/no_generation_config"
@@ -336,7 +336,7 @@ class TestOldBugs:
         path = tmp_path / "prompt_format.yaml"
         assert old in path.read_text()
         path.write_text(path.read_text().replace(old, new, 1))
-        task = InstructionTuning(pad_token_id=2, pad_to=None, keeps_logits=False)
+        task = InstructionTuning(pad_token_id=2, pad_to=None)
         encoder, stop = Encoder(chatml, format), StopRules(token_ids=(4,))
         failure = only_failure(prove_text(tmp_path, encoder=encoder, stop=stop, task=task, rows=[]))
         assert (failure["check"], failure["code"]) == ("parity", "format_differs")
@@ -391,7 +391,7 @@ def test_a_template_of_which_one_character_is_changed_does_not_pass_as_itself(
     format = ChatTemplate(CHATML_TEMPLATE, chatml, True)
     text_proof(tmp_path, format, chatml)
     (tmp_path / "chat_template.jinja").write_text(mutated)
-    task = InstructionTuning(pad_token_id=2, pad_to=None, keeps_logits=False)
+    task = InstructionTuning(pad_token_id=2, pad_to=None)
     encoder = Encoder(chatml, format)
     (samples,) = encoder.encode_conversations(ROWS[:1], "assistant")
     try:
@@ -785,13 +785,14 @@ def test_a_loss_that_is_not_that_of_the_samples_is_caught(
 ) -> None:
     compute = InstructionTuning.loss
 
-    def shifted(self: Any, model: Any, batch: Batch) -> Any:
+    def shifted(self: Any, model: Any, batch: PackedBatch, head: Any) -> Any:
         """Labels that the model shifts once more."""
-        return compute(self, model, replace(batch, loss_weights_BT=batch.loss_weights_BT.roll(-1, 1)))
+        trained = replace(batch.trained, tokens_S=batch.trained.tokens_S.roll(-1))
+        return compute(self, model, replace(batch, trained=trained), head)
 
-    def weighted(self: Any, model: Any, batch: Batch) -> Any:
+    def weighted(self: Any, model: Any, batch: PackedBatch, head: Any) -> Any:
         """The mean over all tokens of the batch, instead of those that are trained."""
-        return replace(compute(self, model, batch), weight=float(batch.tokens))
+        return replace(compute(self, model, batch, head), weight=float(batch.tokens))
 
     monkeypatch.setattr(InstructionTuning, "loss", {"shifted twice": shifted, "weight": weighted}[bug])
     with pytest.raises(ProofError, match=r"mask \(loss_differs\): the loss of a made-up conversation is [\d.]+ nats"):

@@ -82,7 +82,7 @@ def test_padding_is_never_trained_and_the_end_always_is(tokenizer: Any) -> None:
         system="{instruction}\n", user="{instruction}\n", assistant=f"{{instruction}}{eos}", trailing_assistant=""
     )
     encoder = Encoder(tokenizer, format)
-    task = InstructionTuning(pad_token_id=tokenizer.pad_token_id or 0, pad_to=None, keeps_logits=False)
+    task = InstructionTuning(pad_token_id=tokenizer.pad_token_id or 0, pad_to=None)
     rows = conversation_rows(12)
     samples = [samples[0] for samples in encoder.encode_conversations(rows, "assistant")]
     batch = task.collate(samples)

@@ -67,12 +67,6 @@ def _requests(loaded: LoadedConfig) -> Iterator[tuple[str, str]]:
             f"given {config.task}; available in this version: {', '.join(AVAILABLE_TASKS)}; choose one of them",
         )
 
-    if config.packing is True:
-        yield (
-            "packing",
-            "given true; packing is not available in this version, which groups sequences of similar length instead; "
-            "set packing: auto or false",
-        )
     if config.num_devices > 1:
         yield "num_devices", f"given {config.num_devices}; this version trains on one device; set num_devices: 1"
     for key, resources in (

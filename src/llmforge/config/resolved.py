@@ -38,6 +38,7 @@ _UNSET_MEANS = {
     "initial_base_model_ckpt_path": "the weights of model_id",
     "initial_adapter_model_ckpt_path": "a fresh adapter, if any",
     "valid_path": "no evaluation",
+    "padding": "sequences are packed; where a model cannot have that, padded to the longest",
     "classifier_config": "not the task",
     "preference_tuning_config": "not the task",
     "vision_language_config": "not the task",
@@ -90,8 +91,8 @@ class DataSection:
     workers: int
     context_length: int
     overlong: Literal["truncate", "drop", "error"]
-    packing: bool
-    padding: Literal["longest", "max_length"]
+    packing: Literal["auto"] | bool
+    padding: Literal["longest", "max_length"] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,8 +243,9 @@ def resolve(
         Derived(1e-4, "usual for LoRA") if lora else Derived(1e-5, "usual where all parameters are trained"),
     )
     decide("eval_batch_size_per_device", derive.eval_batch_size(values["train_batch_size_per_device"]))
-    decide("packing", Derived(False, "sequences of similar length share a batch instead"))
-    if not values["packing"]:
+    if values["padding"] is not None:
+        decide("packing", Derived(False, "padding is set"))
+    elif values["packing"] is False:
         decide("padding", Derived("longest", "sequences are not packed"))
     decide("flash_attention_2", Derived(False, "not asked for"))
     decide("gradient_checkpointing", Derived(False, "not asked for"))
@@ -288,7 +290,7 @@ def _regrouped(config: FineTuningConfig, values: dict[str, Any], origins: dict[s
             context_length=values["context_length"],
             overlong=config.overlong,
             packing=values["packing"],
-            padding=values["padding"] or "longest",
+            padding=values["padding"],
         ),
         task=TaskSection(
             name=values["task"],

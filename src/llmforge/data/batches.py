@@ -31,11 +31,15 @@ class StepPlan:
         """Steps in an epoch; the last one has fewer samples where they do not divide."""
         return -(-len(self._lengths) // self._step)
 
-    def micro_batches(self, step: int) -> list[list[int]]:
-        """Return the sample indices of each micro-batch of a step, counted from 0 over all epochs."""
+    def samples(self, step: int) -> list[int]:
+        """Return the sample indices of a step, counted from 0 over all epochs."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         start = step_of_epoch * self._step
-        return _cut(self._permutation(epoch)[start : start + self._step], self._lengths, self._micro_batch)
+        return self._permutation(epoch)[start : start + self._step].tolist()
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """Return the sample indices of each padded micro-batch of a step."""
+        return _cut(np.array(self.samples(step), dtype=np.int64), self._lengths, self._micro_batch)
 
     def _draw(self, epoch: int) -> np.ndarray:
         return np.random.Generator(np.random.PCG64([self._seed, epoch])).permutation(len(self._lengths))

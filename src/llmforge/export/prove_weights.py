@@ -1,7 +1,7 @@
 """Proves the weights of an artifact: reloaded and merged, it computes what the model in training did."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -25,7 +25,7 @@ from llmforge.models.trained import is_adapter, load_trained_model
 from llmforge.prompt import Encoder, Message, StopRules
 from llmforge.prompt.adversary import random_conversations
 from llmforge.prompt.certificate import Finding
-from llmforge.tasks import LanguageModeling
+from llmforge.tasks import LanguageModeling, Loss
 
 LONGEST_PROBE = 512  # tokens
 PROBES = 4  # rows, and as many random conversations, that models are compared on
@@ -59,6 +59,8 @@ def record(
     *,
     encoder: Encoder,
     task: LanguageModeling,
+    compute_loss: Callable[[Any], Loss],
+    lay_out: Callable[[Sequence[Sample]], Iterable[Any]],
     rows: Sequence[Sequence[int]],
     start: Mapping[str, torch.Tensor],
     dtype: Dtype,
@@ -69,6 +71,7 @@ def record(
     """Run the training model over probes: the token ids of some rows, and of made-up conversations.
 
     Args:
+        compute_loss, lay_out: what the model was trained with: the loss of a micro-batch, and how samples become one.
         rows: token ids of samples; `PROBES` of them are used.
         start: an adapter's `starting_point`.
         dtype: number format of the computation, and of a plain model's weights on disk.
@@ -87,7 +90,8 @@ def record(
         trained_numbers(model, start, DTYPES[dtype]),
         _loss_findings(
             model,
-            task,
+            compute_loss,
+            lay_out,
             [Sample(sample.input_ids[:longest], sample.loss_weights[:longest]) for sample in samples],
             reference.log_probs()[behind:],
             allowed=TOLERANCE[dtype][1],
@@ -118,7 +122,8 @@ def made_up_samples(encoder: Encoder, task: LanguageModeling, vocabulary: int) -
 @torch.no_grad()
 def _loss_findings(
     model: Any,
-    task: LanguageModeling,
+    compute_loss: Callable[[Any], Loss],
+    lay_out: Callable[[Sequence[Sample]], Iterable[Any]],
     samples: Sequence[Sample],
     log_probs: Sequence[Sequence[float]],
     *,
@@ -128,29 +133,36 @@ def _loss_findings(
 ) -> list[Finding]:
     """Check that the loss is the mean negative log-probability of the trained tokens, by the model's own logits.
 
+    It is asked for each sample alone, and for all of them together, laid out as they were in training.
+
     Args:
         log_probs: of the last tokens of each sample; the loss of these alone is asked for.
     """
+    cut: list[Sample] = []
+    expected: list[float] = []
+    for sample, of_the_last in zip(samples, log_probs, strict=True):
+        first = len(sample.input_ids) - len(of_the_last)
+        weights = [0.0] * first + list(sample.loss_weights[first:])
+        if any(weights):
+            cut.append(Sample(sample.input_ids, weights))
+            expected.append(-sum(w * p for w, p in zip(weights[first:], of_the_last, strict=True)))
     was_training = model.training
     model.eval()
     try:
-        for sample, of_the_last in zip(samples, log_probs, strict=True):
-            first = len(sample.input_ids) - len(of_the_last)
-            weights = [0.0] * first + list(sample.loss_weights[first:])
-            if (task.pad_to is not None and len(weights) > task.pad_to) or not any(weights):
-                continue
+        for group in [[number] for number in range(len(cut))] + [list(range(len(cut)))] * (len(cut) > 1):
             with quiet(), autocast():
-                loss = task.loss(model, task.collate([Sample(sample.input_ids, weights)]).to(device))
-            found = float(loss.sum) / loss.weight
-            expected = -sum(w * p for w, p in zip(weights[first:], of_the_last, strict=True)) / sum(weights)
-            if not abs(found - expected) <= allowed:
+                losses = [compute_loss(batch.to(device)) for batch in lay_out([cut[number] for number in group])]
+            found = sum(float(loss.sum) for loss in losses) / sum(loss.weight for loss in losses)
+            weight = sum(sum(cut[number].loss_weights) for number in group)
+            wanted = sum(expected[number] for number in group) / weight
+            if not abs(found - wanted) <= allowed:
                 return [
                     Finding(
                         "mask",
                         "loss_differs",
-                        f"the loss of a made-up conversation is {found:.5g} nats per trained token, and the model's "
-                        f"logits for these tokens give {expected:.5g}: the model was trained on something else than "
-                        "its samples say",
+                        f"the loss of {'a made-up conversation' if len(group) == 1 else 'made-up conversations'} is "
+                        f"{found:.5g} nats per trained token, and the model's logits for these tokens give "
+                        f"{wanted:.5g}: the model was trained on something else than its samples say",
                     )
                 ]
     finally:

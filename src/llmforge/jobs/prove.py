@@ -117,7 +117,7 @@ def _prove_text(
     from llmforge.tasks import TASKS
 
     name = record.task if record is not None else (config.task if config else None) or "instruction_tuning"
-    task = TASKS[name](pad_token_id=encoder.tokenizer.pad_token_id or 0, pad_to=None, keeps_logits=False)
+    task = TASKS[name](pad_token_id=encoder.tokenizer.pad_token_id or 0, pad_to=None)
     trust = config is not None and config.trust_remote_code
     findings = _edited(artifact, record)
     probes: list[list[int]] = []

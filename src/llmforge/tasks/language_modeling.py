@@ -1,24 +1,37 @@
 """Next-token prediction over weighted tokens: the batch, the loss and the metrics that several tasks share.
 
-Shapes: B samples in a micro-batch, T tokens in the longest of them (padded on the right), S the places where some row
-is trained, V vocabulary, N trained tokens of the micro-batch.
+Shapes: B samples in a micro-batch, T tokens in the longest of them (padded on the right), N tokens of a pack, S
+targets, V vocabulary.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from llmforge.data.packing import pack
 from llmforge.data.samples import Sample
+from llmforge.models.head import Head
+from llmforge.models.packed_attention import Layout, packed
 from llmforge.prompt.encoder import Trained
 
 
 @dataclass(frozen=True)
+class Targets:
+    """What a micro-batch has to predict: at the place `places_S` (of its tokens, flattened) the token `tokens_S`."""
+
+    places_S: torch.Tensor
+    tokens_S: torch.Tensor
+    weights_S: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
-    """A micro-batch.
+    """A micro-batch of padded rows.
 
     `input_ids_BT` (int64), `attention_mask_BT` (int64, 1 on real tokens) and `loss_weights_BT` (float32, weight of
     predicting the token at that place) are tensors; `weight` is the sum of the loss weights, `tokens` and
@@ -35,15 +48,70 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Copy the tensors to a device."""
-        return Batch(
-            self.input_ids_BT.to(device, non_blocking=True),
-            self.attention_mask_BT.to(device, non_blocking=True),
-            self.loss_weights_BT.to(device, non_blocking=True),
-            self.weight,
-            self.examples,
-            self.tokens,
-            self.trained_tokens,
+        return replace(
+            self,
+            input_ids_BT=self.input_ids_BT.to(device, non_blocking=True),
+            attention_mask_BT=self.attention_mask_BT.to(device, non_blocking=True),
+            loss_weights_BT=self.loss_weights_BT.to(device, non_blocking=True),
         )
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Give what the model's forward takes."""
+        return {"input_ids": self.input_ids_BT, "attention_mask": self.attention_mask_BT}
+
+    def targets(self) -> Targets:
+        """Give the trained tokens, each with the place before it, where it is predicted."""
+        tokens = (self.loss_weights_BT.flatten() > 0).nonzero().squeeze(1)
+        return Targets(tokens - 1, self.input_ids_BT.flatten()[tokens], self.loss_weights_BT.flatten()[tokens])
+
+    def attention(self) -> AbstractContextManager[None]:
+        """Give the context for the forward pass."""
+        return nullcontext()
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A micro-batch in one row without padding; see `llmforge.data.packing.Pack`, which its counts come from."""
+
+    input_ids_1N: torch.Tensor
+    position_ids_1N: torch.Tensor
+    layout: Layout
+    trained: Targets
+    weight: float
+    examples: int
+    tokens: int
+    trained_tokens: int
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """Copy the tensors to a device."""
+        trained = self.trained
+        return replace(
+            self,
+            input_ids_1N=self.input_ids_1N.to(device, non_blocking=True),
+            position_ids_1N=self.position_ids_1N.to(device, non_blocking=True),
+            trained=Targets(
+                trained.places_S.to(device, non_blocking=True),
+                trained.tokens_S.to(device, non_blocking=True),
+                trained.weights_S.to(device, non_blocking=True),
+            ),
+        )
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Give what the model's forward takes.
+
+        With the mask, whose every place is real, transformers leaves the positions alone; it would else look for packed
+        rows by itself, and find other ones.
+        """
+        ids = self.input_ids_1N
+        return {"input_ids": ids, "position_ids": self.position_ids_1N, "attention_mask": torch.ones_like(ids)}
+
+    def targets(self) -> Targets:
+        """Give the trained tokens."""
+        return self.trained
+
+    def attention(self) -> AbstractContextManager[None]:
+        """Give the context for the forward pass."""
+        return packed(self.layout)
 
 
 @dataclass(frozen=True)
@@ -60,14 +128,11 @@ class LanguageModeling:
 
     Args:
         pad_token_id: fills rows on the right; never attended to, never trained.
-        pad_to: length that every batch is padded to; None pads to its longest sample.
-        keeps_logits: whether the model's forward takes `logits_to_keep`, so that the head computes only what the loss
-            reads.
+        pad_to: length that every batch is padded to, if its samples are not longer; None pads to the longest of them.
     """
 
     pad_token_id: int
     pad_to: int | None
-    keeps_logits: bool
 
     name: ClassVar[Literal["causal_lm", "instruction_tuning"]]
     trained: ClassVar[Trained]
@@ -75,7 +140,7 @@ class LanguageModeling:
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """Pad samples on the right into one micro-batch."""
-        longest = self.pad_to or max(len(sample.input_ids) for sample in samples)
+        longest = max(self.pad_to or 0, *(len(sample.input_ids) for sample in samples))
         shape = (len(samples), longest)
         input_ids_BT = torch.full(shape, self.pad_token_id, dtype=torch.int64)
         attention_mask_BT = torch.zeros(shape, dtype=torch.int64)
@@ -95,28 +160,38 @@ class LanguageModeling:
             trained_tokens=int((loss_weights_BT > 0).sum()),
         )
 
-    def loss(self, model: Any, batch: Batch) -> Loss:
+    def pack(self, samples: Sequence[Sample], *, share: bool, fill_to: int = 1) -> PackedBatch:
+        """Lay samples into one row; see `llmforge.data.packing.pack`."""
+        made = pack(samples, share=share, fill_to=fill_to, fill_with=self.pad_token_id)
+        return PackedBatch(
+            input_ids_1N=torch.from_numpy(made.input_ids)[None],
+            position_ids_1N=torch.from_numpy(made.position_ids)[None],
+            layout=Layout.of(made),
+            trained=Targets(*(torch.from_numpy(a) for a in (made.places, made.targets, made.weights))),
+            weight=made.weight,
+            examples=made.examples,
+            tokens=made.tokens,
+            trained_tokens=made.trained_tokens,
+        )
+
+    def loss(self, model: Any, batch: Batch | PackedBatch, head: Head | None = None) -> Loss:
         """Sum the weighted cross-entropy of the trained tokens, in nats.
 
-        Only trained positions are turned into log-probabilities, in fp32 or wider, and where the model allows it the
-        head runs only where some row of the batch is trained.
+        Only trained places are turned into log-probabilities, in fp32 or wider; with the model's `head` only they go
+        through it.
         """
-        trained_BT = batch.loss_weights_BT > 0
         if not batch.weight:
-            return Loss(torch.zeros((), device=batch.input_ids_BT.device, requires_grad=True), 0.0)
-        places_S = trained_BT.any(dim=0).nonzero().squeeze(1)
-        # The logits at one place predict the token at the next. Places are given as a tensor even where they are a
-        # tail: of a slice, torch makes a batched product that copies the head's weight for every row.
-        kept = {"logits_to_keep": places_S - 1} if self.keeps_logits else {}
-        output = model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False, **kept)
-        logits_BSV = output.logits if self.keeps_logits else output.logits[:, places_S - 1]
-        trained_BS = trained_BT[:, places_S]
-        logits_NV = logits_BSV[trained_BS]
-        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-        targets_N = batch.input_ids_BT[:, places_S][trained_BS]
-        weights_N = batch.loss_weights_BT[:, places_S][trained_BS]
-        losses_N = cross_entropy(logits_NV, targets_N, reduction="none")
-        return Loss((losses_N * weights_N).sum(), batch.weight)
+            return Loss(torch.zeros((), device=batch.inputs()["input_ids"].device, requires_grad=True), 0.0)
+        targets = batch.targets()
+        with batch.attention():
+            if head is not None:
+                with head.selecting(targets.places_S):
+                    model(**batch.inputs(), use_cache=False)
+                return Loss(head.loss(targets.tokens_S, targets.weights_S), batch.weight)
+            logits_SV = model(**batch.inputs(), use_cache=False).logits.flatten(0, 1)[targets.places_S]
+        logits_SV = logits_SV.to(torch.promote_types(logits_SV.dtype, torch.float32))
+        losses_S = cross_entropy(logits_SV, targets.tokens_S, reduction="none")
+        return Loss((losses_S * targets.weights_S).sum(), batch.weight)
 
     def metrics(self, mean_loss: float) -> dict[str, float]:
         """Name what an evaluation reports for a mean loss in nats per weighted token."""

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 
 from llmforge.errors import NonFiniteLossError
-from llmforge.tasks import Batch, LanguageModeling
+from llmforge.tasks import Batch, Loss, PackedBatch
 from llmforge.train.backends import Backend
+
+ComputeLoss = Callable[[Batch | PackedBatch], Loss]
+"""Runs the model on a micro-batch."""
 
 Autocast = Callable[[], AbstractContextManager]
 """Makes the context in which forward passes run."""
@@ -17,9 +20,15 @@ Autocast = Callable[[], AbstractContextManager]
 
 @torch.no_grad()
 def evaluate(
-    model: Any, task: LanguageModeling, batches: Iterable[Batch], *, backend: Backend, autocast: Autocast
+    model: Any,
+    compute_loss: ComputeLoss,
+    batches: Iterable[Batch | PackedBatch],
+    *,
+    metrics: Callable[[float], dict[str, float]],
+    backend: Backend,
+    autocast: Autocast,
 ) -> dict[str, float]:
-    """Give the task's metrics over all batches, each weighted token counted once whatever the batching.
+    """Give the `metrics` of the mean loss over all batches, each weighted token counted once whatever the batching.
 
     Raises:
         NonFiniteLossError: the mean loss is NaN or infinite.
@@ -30,7 +39,7 @@ def evaluate(
     try:
         for batch in batches:
             with autocast():
-                loss = task.loss(model, batch.to(backend.device))
+                loss = compute_loss(batch.to(backend.device))
             total += float(loss.sum)
             weight += loss.weight
     finally:
@@ -41,4 +50,4 @@ def evaluate(
             f"the loss on the validation data is {mean}, so the model's weights can be no good and no checkpoint was "
             "written of them. Lower learning_rate or use dtype: fp32; the run's last checkpoint is from before it"
         )
-    return task.metrics(mean)
+    return metrics(mean)

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 
 from llmforge.errors import Interrupted, NonFiniteLossError
-from llmforge.tasks import Batch, LanguageModeling
+from llmforge.tasks import Batch, PackedBatch
 from llmforge.train.backends import Backend
-from llmforge.train.evaluation import Autocast
+from llmforge.train.evaluation import Autocast, ComputeLoss
 from llmforge.train.optimization import Schedule
 from llmforge.train.reporter import Reporter
 
 
 def train(
     model: Any,
-    task: LanguageModeling,
+    compute_loss: ComputeLoss,
     *,
-    micro_batches: Callable[[int], Sequence[Batch]],
+    micro_batches: Callable[[int], Sequence[Batch | PackedBatch]],
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
     backend: Backend,
@@ -63,11 +63,12 @@ def train(
         loss_sum = torch.zeros((), dtype=torch.float64, device=backend.device)
         for batch in batches:
             with autocast():
-                loss = task.loss(model, batch.to(backend.device))
+                loss = compute_loss(batch.to(backend.device))
             backend.backward(loss.sum / weight)
             loss_sum += loss.sum.detach()
-        gradient_norm = backend.clip(parameters, max_grad_norm)
-        train_loss = backend.total(float(loss_sum)) / weight
+        norm = backend.clip(parameters, max_grad_norm)
+        total, gradient_norm = torch.stack((loss_sum, norm.to(loss_sum))).tolist()  # the step's one wait for the device
+        train_loss = backend.total(total) / weight
         _stop_if_not_finite(index + 1, train_loss, gradient_norm)
         for group in optimizer.param_groups:
             group["lr"] = schedule(index)

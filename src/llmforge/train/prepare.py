@@ -186,7 +186,7 @@ def prepare_run(
             Path(directory),
             encoder=encoder,
             stop=stop,
-            task=task(pad_token_id=encoder.tokenizer.pad_token_id or 0, pad_to=None, keeps_logits=False),
+            task=task(pad_token_id=encoder.tokenizer.pad_token_id or 0, pad_to=None),
             rows=rows_to_prove,
             context_length=context_length,
             trust_remote_code=config.trust_remote_code,

@@ -22,8 +22,7 @@ from llmforge.checkpoint import (
     sweep,
 )
 from llmforge.config.resolved import ResolvedConfig
-from llmforge.data.batches import evaluation_batches
-from llmforge.errors import ProofError, RunError
+from llmforge.errors import ModelError, ProofError, RunError
 from llmforge.export.artifact import write_artifact
 from llmforge.export.proof import FILE_NAME as PROOF
 from llmforge.export.proof import Proof
@@ -40,18 +39,20 @@ from llmforge.models.adapter import (
 )
 from llmforge.models.causality import check_causal
 from llmforge.models.device import DTYPES, autocast, device_name
+from llmforge.models.head import find_head
+from llmforge.models.isolation import Isolation, isolate
 from llmforge.models.load import (
     build_skeleton,
     count_parameters,
     enable_activation_checkpointing,
     load_base_model,
-    takes_logits_to_keep,
 )
 from llmforge.models.quirks import mend
 from llmforge.models.tokens import make_room, train_new_rows
-from llmforge.tasks import Batch, LanguageModeling
+from llmforge.tasks import LanguageModeling
 from llmforge.train.backends import SingleDevice
-from llmforge.train.evaluation import evaluate
+from llmforge.train.evaluation import Autocast, evaluate
+from llmforge.train.feed import Ahead, Feed
 from llmforge.train.loop import train
 from llmforge.train.optimization import build_optimizer, build_schedule
 from llmforge.train.prepare import Preparation
@@ -127,12 +128,13 @@ def run(
     forward_context = autocast(preparation.device, config.speed.dtype)
     with forward_context():
         check_causal(model)
+        head = find_head(model)
+    isolation = _isolation(model, preparation, forward_context, reporter)
     parameters, trainable = count_parameters(model)
     tokenizer = preparation.encoder.tokenizer
     task = preparation.task(
         pad_token_id=tokenizer.pad_token_id or 0,
         pad_to=config.data.context_length if config.data.padding == "max_length" else None,
-        keeps_logits=takes_logits_to_keep(model),
     )
     optimizer = build_optimizer(
         config.optimization.optimizer, model.named_parameters(), weight_decay=config.optimization.weight_decay
@@ -172,19 +174,27 @@ def run(
     if dry_run:
         return None
 
-    def load_batches(index: int) -> list[Batch]:
-        return [task.collate([data[i] for i in indices]) for indices in preparation.plan.micro_batches(index)]
+    feed = Feed(
+        task,
+        data,
+        preparation.plan,
+        isolation,
+        batch_size=config.optimization.train_batch_size_per_device,
+        context_length=config.data.context_length,
+        device=preparation.device,
+    )
+    loss = partial(task.loss, model, head=head)
 
     def measure(step: int) -> dict[str, float]:
         if preparation.valid is None:
             return {}
         valid = preparation.valid.dataset
-        batches = evaluation_batches(valid.lengths, config.checkpoint.eval_batch_size_per_device)
         began = time.perf_counter()
         metrics = evaluate(
             model,
-            task,
-            (task.collate([valid[i] for i in indices]) for indices in batches),
+            loss,
+            feed.evaluation(valid, config.checkpoint.eval_batch_size_per_device),
+            metrics=task.metrics,
             backend=backend,
             autocast=forward_context,
         )
@@ -201,11 +211,15 @@ def run(
 
     if config.checkpoint.eval_first and first_step == 0:
         measure(0)
-    with interruptions() as interrupted, _memory_in_words(preparation):
+    with (
+        interruptions() as interrupted,
+        _memory_in_words(preparation),
+        Ahead(feed.step, last_step) as micro_batches,
+    ):
         train(
             model,
-            task,
-            micro_batches=load_batches,
+            loss,
+            micro_batches=micro_batches,
             optimizer=optimizer,
             schedule=build_schedule(
                 config.optimization.lr_scheduler_type,
@@ -236,6 +250,8 @@ def run(
         model,
         encoder=preparation.encoder,
         task=task,
+        compute_loss=loss,
+        lay_out=feed.lay_out,
         rows=[row.samples[0].input_ids for row in preparation.rows_to_prove if row.samples],
         start=start,
         dtype=config.speed.dtype,
@@ -324,6 +340,28 @@ def _memory_in_words(preparation: Preparation) -> Iterator[None]:
             "one of them (raise gradient_accumulation_steps to keep the examples per step), or set "
             "gradient_checkpointing: true"
         ) from error
+
+
+def _isolation(model: Any, preparation: Preparation, autocast: Autocast, reporter: Reporter) -> Isolation:
+    """Find out whether examples may share sequences, unless the config says that they must not.
+
+    Raises:
+        ModelError: the config says that they must, and the model cannot keep them apart.
+    """
+    data = preparation.config.data
+    if data.packing is False:
+        return Isolation(False, False)
+    found = isolate(model, autocast)
+    if not found.packs and data.packing is True:
+        raise ModelError(
+            f"packing: given true, but in this {preparation.facts.architecture} model packed examples would not be "
+            f"what they are alone: {found.reason}. Set packing: auto or false"
+        )
+    if not found.packs:
+        reporter.note(f"packing is off: {found.reason}. Sequences of similar length are padded to one instead")
+    elif not found.shares:
+        reporter.note(f"what examples begin with in common is computed for each of them: {found.reason}")
+    return found
 
 
 def _load_model(preparation: Preparation, reporter: Reporter) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -22,8 +22,8 @@ class Backend(Protocol):
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of this rank's share of the step's loss; shares add up to the loss over all ranks."""
 
-    def clip(self, parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:
-        """Scale the gradient down to `max_norm` (0 leaves it as it is); return its norm before."""
+    def clip(self, parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+        """Scale the gradient down to `max_norm` (0 leaves it as it is); return its norm before, on the device."""
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Update the parameters and clear the gradient."""

@@ -24,8 +24,8 @@ class SingleDevice:
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
-    def clip(self, parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:
-        return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf")))
+    def clip(self, parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
