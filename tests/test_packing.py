@@ -151,7 +151,7 @@ def check_equal(model: Any, chosen: list[Sample], *, share: bool, atol: float, r
     """Compare the loss of a pack, and every gradient, with the sum over samples that are computed one by one."""
     expected: Any = sum(TASK.loss(model, TASK.collate([s])).sum for s in chosen)
     wanted = gradients(model, expected)
-    found = isolate(model, torch.enable_grad)
+    found = isolate(model, find_head(model), torch.enable_grad)
     assert (found.packs, found.shares) == (True, True), found.reason
     head = find_head(model)
     loss = TASK.loss(model, TASK.pack(chosen, share=share, fill_to=16), head)
@@ -203,7 +203,7 @@ def test_dropout_in_attention_is_applied() -> None:
     model = small_model("llama")
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    assert isolate(model, torch.enable_grad).shares
+    assert isolate(model, find_head(model), torch.enable_grad).shares
     batch = TASK.pack(forest(), share=True)
     quiet = TASK.loss(model, batch).sum.item()
     model.train()
@@ -355,7 +355,7 @@ def test_a_model_whose_samples_would_see_each_other_is_not_packed(kind: str) -> 
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     before = model.config._attn_implementation
-    found = isolate(model, torch.enable_grad)
+    found = isolate(model, find_head(model), torch.enable_grad)
     assert (found.packs, found.shares) == (False, False)
     assert found.reason
     assert model.config._attn_implementation == before
@@ -387,13 +387,13 @@ class Leak(torch.nn.Module):
 def test_a_leak_anywhere_is_found(where: str, amount: float) -> None:
     model = small_model("llama").float()
     model.model.layers[0].mlp = Leak(model.model.layers[0].mlp, amount, where)
-    assert not isolate(model, torch.enable_grad).packs
+    assert not isolate(model, find_head(model), torch.enable_grad).packs
 
 
 def test_a_leak_below_rounding_is_found_by_its_gradient() -> None:
     model = small_model("llama").float()
     model.model.layers[0].mlp = Leak(model.model.layers[0].mlp, 1e-9, "from the token before")
-    found = isolate(model, torch.enable_grad)
+    found = isolate(model, find_head(model), torch.enable_grad)
     assert not found.packs
     assert found.reason == "examples in a pack see each other"
 
@@ -406,7 +406,7 @@ def test_modes_random_state_and_other_forwards_stay_as_they_were() -> None:
     mask_BT[1, 5:] = 0
     modes, state = {module: module.training for module in model.modules()}, torch.get_rng_state()
     before = model(input_ids=ids_BT, attention_mask=mask_BT).logits
-    assert isolate(model, torch.enable_grad).packs
+    assert isolate(model, find_head(model), torch.enable_grad).packs
     assert {module: module.training for module in model.modules()} == modes
     assert torch.equal(torch.get_rng_state(), state)
     torch.testing.assert_close(model(input_ids=ids_BT, attention_mask=mask_BT).logits, before)
@@ -416,7 +416,7 @@ def test_modes_random_state_and_other_forwards_stay_as_they_were() -> None:
 
 def test_a_pack_of_one_token_samples() -> None:
     model = small_model("llama")
-    assert isolate(model, torch.enable_grad).packs
+    assert isolate(model, find_head(model), torch.enable_grad).packs
     made = pack(samples_of([[3], [4], [3]]), share=True)
     with packed(Layout.of(made)):
         logits = model(

@@ -69,7 +69,7 @@ def train_in_float64(
     listener = Listener()
     head = None if pack_tokens is None else find_head(model)
     if pack_tokens is not None:
-        assert isolate(model, torch.enable_grad).packs
+        assert isolate(model, find_head(model), torch.enable_grad).packs
 
     def micro_batches(step: int) -> list[Any]:
         if pack_tokens is None:

@@ -82,8 +82,7 @@ class Head:
 
     def loss(self, targets_S: torch.Tensor, weights_S: torch.Tensor) -> torch.Tensor:
         """Sum the weighted cross-entropy (nats) of the selected places, in fp32 or wider."""
-        assert self._hidden is not None, "the model was run without its head"
-        hidden_SC, self._hidden = self._hidden, None
+        hidden_SC = self.take()
         chunk = max(_SMALLEST_CHUNK, _CHUNK_BYTES[hidden_SC.device.type] // (4 * self._vocabulary))
         if self.is_plain:
             return _plain_loss(self, hidden_SC, targets_S, weights_S, chunk)
@@ -116,7 +115,14 @@ class Head:
             return None
         hidden_BTC = arguments[0]
         self._hidden = hidden_BTC.flatten(0, 1).index_select(0, self._places)
-        return (hidden_BTC[:1, :1].detach(), *arguments[1:])
+        # A copy: of a slice, torch makes a batched product that copies the layer's weight.
+        return (hidden_BTC[:1, :1].detach().clone(), *arguments[1:])
+
+    def take(self) -> torch.Tensor:
+        """Give the hidden states (S, C) of the selected places, once."""
+        assert self._hidden is not None, "the model was run without its head"
+        hidden_SC, self._hidden = self._hidden, None
+        return hidden_SC
 
 
 def _plain_loss(

@@ -3,7 +3,7 @@
 Of 142 causal architectures that transformers has, 40 let samples see each other across positions that begin anew,
 without a word: state-space and linear-attention layers carry their state on, others count positions themselves.
 
-Shapes: B rows, T tokens, N tokens of a pack, C width of an embedding, V vocabulary.
+Shapes: B rows, T tokens, N tokens of a pack, C width of what is compared, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ import torch
 from llmforge.data.packing import SHORTEST_SHARED, Pack, pack
 from llmforge.data.samples import Sample
 from llmforge.models import packed_attention
+from llmforge.models.head import Head
 from llmforge.models.load import UNREADABLE, quiet, reason
 from llmforge.models.packed_attention import Layout, NotPackableError
 
 # Lengths with one token alone, next to rows longer than the short convolutions that some layers have.
 _LENGTHS = (5, 1, 33, 17, 2)
-_SHARED = 2 * SHORTEST_SHARED
 # Of the largest logit: the same numbers by other kernels, and through products of another shape.
 _TOLERANCE = 1e-4
 _HALF_TOLERANCE = 2e-2
@@ -42,15 +42,17 @@ class _LeakError(Exception):
     """What one sample does reaches another, or a pack computes something else than its samples do alone."""
 
 
-def isolate(model: Any, autocast: Callable[[], AbstractContextManager]) -> Isolation:
+def isolate(model: Any, head: Head | None, autocast: Callable[[], AbstractContextManager]) -> Isolation:
     """Let a model attend within packs, if it then computes for each sample what it computes for that sample alone.
 
-    Tried are packs without and with shared beginnings. Every logit has to equal that of the sample in a padded batch; a
-    sample whose tokens change must leave the others' logits as they are; and the gradient of a sample's logits must be
-    exactly zero at every token that is not on its own path. A model that fails keeps the attention that it had.
+    Tried are packs without and with shared beginnings. What the head is shown (without a head, every logit) has to
+    equal that of the sample in a padded batch; a sample whose tokens change must leave the others' as they are; and the
+    gradient of a sample's must be exactly zero at every token that is not on its own path. A model that fails keeps the
+    attention that it had.
 
     Args:
         model: on the device where it will be trained; its modes and the random state stay as they were.
+        head: the model's own.
     """
     base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     before = _implementation(base)
@@ -59,11 +61,10 @@ def isolate(model: Any, autocast: Callable[[], AbstractContextManager]) -> Isola
         return Isolation(False, False, f"its attention is {before}, which packs do not reach")
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
-    vocabulary = len(base.get_input_embeddings().weight)
     model.eval()
     try:
         with quiet(), autocast(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            plain, nested = (_Probe(model, base, rows, vocabulary, device) for rows in (_rows(), _nested_rows()))
+            plain, nested = (_Probe(model, base, head, rows, device) for rows in (_rows(), _nested_rows()))
             base.set_attn_implementation(ours)
             if _implementation(base) != ours:
                 return Isolation(False, False, "its attention cannot be exchanged")
@@ -95,31 +96,41 @@ def _nested_rows() -> list[list[float]]:
     def more(length: int) -> list[float]:
         return numbers.random(length).tolist()
 
-    policy, examples = more(_SHARED + 3), more(_SHARED)
+    policy, examples = more(SHORTEST_SHARED + 3), more(SHORTEST_SHARED)
     deep = [policy + examples + more(length) for length in (7, 1, 12)]
     return [*deep, policy + examples, policy + more(3), policy + more(20), deep[0], more(9)]
 
 
 class _Probe:
-    """Rows of tokens and the logits that a model has for each of them alone."""
+    """Rows of tokens and what a model computes for each of them alone: the head's input, or without a head, logits."""
 
     def __init__(
-        self, model: Any, base: Any, rows: Sequence[Sequence[float]], vocabulary: int, device: torch.device
+        self, model: Any, base: Any, head: Head | None, rows: Sequence[Sequence[float]], device: torch.device
     ) -> None:
-        self._model, self._base, self._vocabulary, self._device = model, base, vocabulary, device
-        self._rows = [[int(number * vocabulary) for number in row] for row in rows]
+        self._model, self._base, self._head, self._device = model, base, head, device
+        self._vocabulary = len(base.get_input_embeddings().weight)
+        self._rows = [[int(number * self._vocabulary) for number in row] for row in rows]
         longest = max(map(len, self._rows))
-        ids_BT = torch.zeros((len(self._rows), longest), dtype=torch.int64)
+        ids_BT = torch.zeros((len(self._rows), longest), dtype=torch.int64, device=device)
         mask_BT = torch.zeros_like(ids_BT)
         for number, row in enumerate(self._rows):
             ids_BT[number, : len(row)] = torch.tensor(row)
             mask_BT[number, : len(row)] = 1
         with torch.no_grad():
-            logits_BTV = model(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False).logits
-        self._alone = [logits_TV[: len(row)] for logits_TV, row in zip(logits_BTV, self._rows, strict=True)]
-        self._scale = float(max(logits_TV.abs().max() for logits_TV in self._alone))
-        half = logits_BTV.dtype in (torch.bfloat16, torch.float16)
+            output_BTC = self._run(input_ids=ids_BT, attention_mask=mask_BT).unflatten(0, ids_BT.shape)
+        self._alone = [output_TC[: len(row)] for output_TC, row in zip(output_BTC, self._rows, strict=True)]
+        self._scale = float(max(output_TC.abs().max() for output_TC in self._alone))
+        half = output_BTC.dtype in (torch.bfloat16, torch.float16)
         self._allowed = (_HALF_TOLERANCE if half else _TOLERANCE) * self._scale
+
+    def _run(self, **inputs: torch.Tensor) -> torch.Tensor:
+        """Give what is computed for each place of a batch, as one row."""
+        if self._head is None:
+            logits_BTV: torch.Tensor = self._model(**inputs, use_cache=False).logits
+            return logits_BTV.flatten(0, 1)
+        with self._head.selecting(torch.arange(inputs["input_ids"].numel(), device=self._device)):
+            self._model(**inputs, use_cache=False)
+        return self._head.take()
 
     def problem(self, *, share: bool) -> str:
         """Say what is wrong with a pack of the rows; nothing if nothing is."""
@@ -145,20 +156,20 @@ class _Probe:
 
         handle = self._base.get_input_embeddings().register_forward_hook(watch)
         try:
-            logits_NV = self._logits(made)
+            output_NC = self._run_packed(made)
         finally:
             handle.remove()
-        for alone_TV, path in zip(self._alone, paths, strict=True):
-            self._compare(logits_NV[path], alone_TV, "an example has other logits in a pack than alone")
+        for alone_TC, path in zip(self._alone, paths, strict=True):
+            self._compare(output_NC[path], alone_TC, "an example is something else in a pack than alone")
         for chosen in (paths[::2], paths[1::2]):
-            seen = torch.zeros(len(logits_NV), dtype=torch.bool, device=self._device)
+            seen = torch.zeros(len(output_NC), dtype=torch.bool, device=self._device)
             seen[torch.cat(chosen)] = True
             (gradient,) = torch.autograd.grad(
-                logits_NV[torch.cat(chosen)].float().square().sum(), embeddings[0], retain_graph=True
+                output_NC[torch.cat(chosen)].float().square().sum(), embeddings[0], retain_graph=True
             )
             if gradient.flatten(0, -2)[~seen].any():
                 raise _LeakError("examples in a pack see each other")
-        del logits_NV, gradient
+        del output_NC, gradient
         for changed in (0, len(self._rows) - 1):  # the last of the nested rows stands apart, in front or behind
             rows = list(self._rows)
             rows[changed] = [(token + self._vocabulary // 2) % self._vocabulary for token in rows[changed]]
@@ -166,10 +177,10 @@ class _Probe:
                 continue
             other, other_paths = self._pack(rows, share)
             with torch.no_grad():
-                logits_NV = self._logits(other)
+                output_NC = self._run_packed(other)
             for number, path in enumerate(other_paths):
                 if number != changed:
-                    self._compare(logits_NV[path], self._alone[number], "examples in a pack see each other")
+                    self._compare(output_NC[path], self._alone[number], "examples in a pack see each other")
 
     def _pack(self, rows: Sequence[list[int]], share: bool) -> tuple[Pack, list[torch.Tensor]]:
         """Pack rows; give the places of each row's tokens too."""
@@ -185,18 +196,13 @@ class _Probe:
             found.append(torch.from_numpy(path[: len(row)]).to(self._device))
         return made, found
 
-    def _logits(self, made: Pack) -> torch.Tensor:
+    def _run_packed(self, made: Pack) -> torch.Tensor:
         ids_1N = torch.from_numpy(made.input_ids)[None].to(self._device)
+        position_ids_1N = torch.from_numpy(made.position_ids)[None].to(self._device)
         with packed_attention.packed(Layout.of(made)):
-            logits_NV: torch.Tensor = self._model(
-                input_ids=ids_1N,
-                position_ids=torch.from_numpy(made.position_ids)[None].to(self._device),
-                attention_mask=torch.ones_like(ids_1N),
-                use_cache=False,
-            ).logits[0]
-        return logits_NV
+            return self._run(input_ids=ids_1N, position_ids=position_ids_1N, attention_mask=torch.ones_like(ids_1N))
 
     def _compare(self, found: torch.Tensor, expected: torch.Tensor, problem: str) -> None:
         difference = float((found.detach() - expected).abs().max())
         if not difference <= self._allowed:  # nor where it is NaN
-            raise _LeakError(f"{problem} (by up to {difference:.2g}, where logits reach {self._scale:.2g})")
+            raise _LeakError(f"{problem} (by up to {difference:.2g}, where values reach {self._scale:.2g})")

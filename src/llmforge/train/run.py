@@ -39,7 +39,7 @@ from llmforge.models.adapter import (
 )
 from llmforge.models.causality import check_causal
 from llmforge.models.device import DTYPES, autocast, device_name
-from llmforge.models.head import find_head
+from llmforge.models.head import Head, find_head
 from llmforge.models.isolation import Isolation, isolate
 from llmforge.models.load import (
     build_skeleton,
@@ -129,7 +129,7 @@ def run(
     with forward_context():
         check_causal(model)
         head = find_head(model)
-    isolation = _isolation(model, preparation, forward_context, reporter)
+    isolation = _isolation(model, head, preparation, forward_context, reporter)
     parameters, trainable = count_parameters(model)
     tokenizer = preparation.encoder.tokenizer
     task = preparation.task(
@@ -342,7 +342,9 @@ def _memory_in_words(preparation: Preparation) -> Iterator[None]:
         ) from error
 
 
-def _isolation(model: Any, preparation: Preparation, autocast: Autocast, reporter: Reporter) -> Isolation:
+def _isolation(
+    model: Any, head: Head | None, preparation: Preparation, autocast: Autocast, reporter: Reporter
+) -> Isolation:
     """Find out whether examples may share sequences, unless the config says that they must not.
 
     Raises:
@@ -351,7 +353,7 @@ def _isolation(model: Any, preparation: Preparation, autocast: Autocast, reporte
     data = preparation.config.data
     if data.packing is False:
         return Isolation(False, False)
-    found = isolate(model, autocast)
+    found = isolate(model, head, autocast)
     if not found.packs and data.packing is True:
         raise ModelError(
             f"packing: given true, but in this {preparation.facts.architecture} model packed examples would not be "
