@@ -199,6 +199,23 @@ def test_computed_node_by_node_it_is_too(kind: str, monkeypatch: pytest.MonkeyPa
     check_equal(small_model(kind), forest(3), share=True, atol=1e-9)
 
 
+@pytest.mark.parametrize("settings", [{"_BLOCK": 8, "_SHORT": 0}, {"_BLOCK": 64, "_SHORT": 40, "_TINY": 0}])
+@pytest.mark.parametrize("kind", ["llama", "a sliding window", "keys wider than values"])
+def test_however_the_cpu_cuts_it_it_is_too(
+    kind: str, settings: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setattr(packed_attention, name, value)
+    check_equal(small_model(kind), forest(5), share=True, atol=1e-9)
+
+
+def test_by_pytorchs_cpu_kernel_it_is_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_PRODUCTS_FORWARD", "_PRODUCTS_BACKWARD"):
+        monkeypatch.setattr(packed_attention, name, {torch.float64: 10})
+    monkeypatch.setattr(packed_attention, "_SHORT", 0)
+    check_equal(small_model("llama"), forest(6), share=True, atol=1e-9)
+
+
 def test_dropout_in_attention_is_applied() -> None:
     model = small_model("llama")
     for layer in model.model.layers:

@@ -1,8 +1,8 @@
 """The loss of a language model's head, computed on trained places only and on some of them at a time.
 
 Logits are the largest tensors of a training step: a row for each place, as wide as the vocabulary. Nothing but the loss
-needs them, and it needs them once. So the model's own forward runs as it is, up to its head, which is shown one place
-only; what the head would have been shown goes through it in chunks, and a chunk's gradient is computed while its logits
+needs them, and it needs them once. So the model's own forward runs as it is, but its head is shown nothing;
+what it would have been shown goes through it in chunks, and a chunk's gradient is computed while its logits
 are there, as Liger's kernels do it (https://arxiv.org/abs/2410.10989). Full logits never exist.
 
 Shapes: B rows, T tokens, S targets, C width of the hidden states, V vocabulary.
@@ -55,7 +55,7 @@ class Tail(NamedTuple):
 class Head:
     """A model's output layer, whatever module it is, and what the model does with its output.
 
-    While `selecting`, the layer is shown one place, and `hidden` is what it would have been shown at the selected ones.
+    While `selecting`, the layer is shown no place, and `take` gives what it would have been shown at the selected ones.
     """
 
     def __init__(self, module: torch.nn.Module, tail: Tail) -> None:
@@ -115,8 +115,7 @@ class Head:
             return None
         hidden_BTC = arguments[0]
         self._hidden = hidden_BTC.flatten(0, 1).index_select(0, self._places)
-        # A copy: of a slice, torch makes a batched product that copies the layer's weight.
-        return (hidden_BTC[:1, :1].detach().clone(), *arguments[1:])
+        return (hidden_BTC[:1, :0].detach(), *arguments[1:])
 
     def take(self) -> torch.Tensor:
         """Give the hidden states (S, C) of the selected places, once."""
@@ -265,17 +264,25 @@ def find_head(model: Any) -> Head | None:
                     return None
                 pairs.append((outputs.pop(), logits_BTV))
                 factor = _LOUD / max(float(pairs[0][0].abs().max()), 1e-6)
+            while handles:
+                handles.pop().remove()
+            tail = _find_tail(base.config, pairs)
+            if tail is None:
+                return None
+            head = Head(module, tail)
+            with head.selecting(torch.arange(ids_BT.numel(), device=device)):
+                model(input_ids=ids_BT, use_cache=False)
+            head.take()
+            return head
     except torch.OutOfMemoryError:
         raise
-    except (*UNREADABLE, IndexError, NotImplementedError):
+    except (*UNREADABLE, AssertionError, IndexError, NotImplementedError):
         return None
     finally:
         for handle in handles:
             handle.remove()
         for part, training in modes.items():
             part.training = training
-    tail = _find_tail(base.config, pairs)
-    return None if tail is None else Head(module, tail)
 
 
 def _find_tail(config: Any, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Tail | None:

@@ -31,6 +31,14 @@ from llmforge.data.packing import Pack
 # do more than a softmax (soft-capped scores, sinks) and so have no `sdpa`.
 NAME, OWN_NAME = "llmforge_pack", "llmforge_pack_own"
 
+# Up to so many keys (by default any) matrix products beat PyTorch's CPU kernel, as measured on a processor with
+# AVX-512; and the queries that they take at a time, whose scores then stay in caches.
+_PRODUCTS_FORWARD = {torch.float32: 256}
+_PRODUCTS_BACKWARD = {torch.float32: 1024}
+_BLOCK = 128
+# Triangles of at most so many tokens are put together on a CPU, those of a few tokens whatever their lengths.
+_SHORT, _TINY = 96, 16
+
 MaskFunction = Callable[[Any, Any, torch.Tensor, torch.Tensor], torch.Tensor]
 """Says by batch, head, query position and key position whether a query sees a key; transformers composes them."""
 
@@ -39,21 +47,49 @@ class NotPackableError(Exception):
     """A model's attention wants something that a pack cannot give. Never reaches a user: the model is not packed."""
 
 
+@dataclass(frozen=True)
+class Places:
+    """Short runs of the row, padded to one length: their places (R runs × L, a pad is any), and which are real."""
+
+    index_RL: torch.Tensor
+    real: torch.Tensor  # flat positions of the places that are no pads
+
+
 class Rectangle(NamedTuple):
     """A part of the attention matrix: queries see all keys, or those up to their own place in a triangle.
 
     `queries` and `keys` are slices of the row, `mask` (bool, Q × K) is what is seen of it where that is not everything.
-    On a GPU several triangles in a row are one of these: `query_bounds` and `key_bounds` (int32) are where each begins,
-    and where the last one ends, and `longest` is the most tokens that one has (queries, keys).
+    On a CPU short triangles are put together, which makes their places `Places`, and the mask R × 1 × L × L. On a GPU
+    all triangles in a row are one of these: `query_bounds` and `key_bounds` (int32) are where each begins, and where
+    the last one ends, and `longest` is the most tokens that one has (queries, keys).
     """
 
-    queries: slice
-    keys: slice
+    queries: slice | Places
+    keys: slice | Places
     is_triangle: bool
     mask: torch.Tensor | None = None
     query_bounds: torch.Tensor | None = None
     key_bounds: torch.Tensor | None = None
     longest: tuple[int, int] = (0, 0)
+
+
+def _take(tensor: torch.Tensor, places: slice | Places) -> torch.Tensor:
+    """Give the tokens of a part, (R, heads, L, D), of a tensor (1, heads, N, D)."""
+    if isinstance(places, slice):
+        return tensor[:, :, places]
+    return tensor[0][:, places.index_RL].transpose(0, 1)
+
+
+def _real(part: torch.Tensor, places: slice | Places) -> torch.Tensor:
+    """Give what is to be written of a part, (1, heads, tokens, ...), without its pads."""
+    if isinstance(places, slice):
+        return part
+    return part.transpose(0, 1).flatten(1, 2)[:, places.real][None]
+
+
+def _where(places: slice | Places) -> slice | torch.Tensor:
+    """Say where in the row `_real` belongs."""
+    return places if isinstance(places, slice) else places.index_RL.flatten()[places.real]
 
 
 @dataclass(frozen=True)
@@ -77,11 +113,14 @@ class Layout:
         """Tokens of the longest sample."""
         return max(d + e - s for d, s, e in zip(self.depths, self.starts, self.ends, strict=True))
 
-    def rectangles(self) -> list[Rectangle]:
-        """Cut what has to be computed into rectangles; the triangles come first, and cover every token once."""
+    def spans(self) -> list[tuple[slice, slice, bool]]:
+        """Cut what has to be computed into parts: queries, keys, and whether it is a triangle.
+
+        The triangles come first, and cover every token once.
+        """
         nodes = list(zip(self.starts, self.ends, self.stops, strict=True))
-        triangles = [Rectangle(slice(s, e), slice(s, e), True) for s, e, _ in nodes]
-        return triangles + [Rectangle(slice(e, stop), slice(s, e), False) for s, e, stop in nodes if stop > e]
+        triangles = [(slice(start, end), slice(start, end), True) for start, end, _ in nodes]
+        return triangles + [(slice(end, stop), slice(start, end), False) for start, end, stop in nodes if stop > end]
 
     def path(self, node: int) -> list[int]:
         """List the ancestors of a node from the root, and the node."""
@@ -109,7 +148,7 @@ class PackMask:
             if self.sees is not None:
                 self._rectangles.extend(self._masked(self.sees))
             elif self.device.type == "cpu":
-                self._rectangles.extend(self.layout.rectangles())
+                self._rectangles.extend(self._grouped())
             else:
                 self._rectangles.extend(self._bounded())
         return self._rectangles
@@ -120,8 +159,27 @@ class PackMask:
         positions = torch.empty(max(layout.ends), dtype=torch.int64, device=self.device)
         for depth, start, end in zip(layout.depths, layout.starts, layout.ends, strict=True):
             positions[start:end] = torch.arange(depth, depth + end - start, device=self.device)
-        for part in layout.rectangles():
-            yield part._replace(mask=_seen(sees, positions[part.queries], positions[part.keys]))
+        for queries, keys, is_triangle in layout.spans():
+            yield Rectangle(queries, keys, is_triangle, _seen(sees, positions[queries], positions[keys]))
+
+    def _grouped(self) -> Iterator[Rectangle]:
+        """Put short triangles of similar length together: a call for each costs more than its work."""
+        spans = self.layout.spans()
+        short = sorted((_length(run) for run, _, is_triangle in spans if is_triangle and _length(run) <= _SHORT))
+        longest_of: dict[int, int] = {}  # of the group that a length belongs to
+        for length in reversed(short):
+            # A run of at least half the length is padded; what is added costs less than another call.
+            last = min(longest_of.values(), default=0)
+            longest_of[length] = last if 2 * length >= last - _TINY and last else length
+        groups: dict[int, list[slice]] = {}
+        for run, keys, is_triangle in spans:
+            if is_triangle and _length(run) <= _SHORT:
+                groups.setdefault(longest_of[_length(run)], []).append(run)
+            elif is_triangle:
+                yield Rectangle(run, keys, True)
+        for runs in groups.values():
+            yield _put_together(runs)
+        yield from (Rectangle(*span) for span in spans if not span[2])
 
     def _bounded(self) -> Iterator[Rectangle]:
         """Put all triangles into one call of a kernel for runs of variable length; the other rectangles are few."""
@@ -130,13 +188,30 @@ class PackMask:
         longest = max(end - start for start, end in zip(layout.starts, layout.ends, strict=True))
         row = slice(0, max(layout.ends))
         yield Rectangle(row, row, True, None, bounds, bounds, (longest, longest))
-        for part in layout.rectangles():
-            if not part.is_triangle:
-                sizes = (part.queries.stop - part.queries.start, part.keys.stop - part.keys.start)
-                query_bounds, key_bounds = (
-                    torch.tensor([0, size], dtype=torch.int32, device=self.device) for size in sizes
-                )
-                yield part._replace(query_bounds=query_bounds, key_bounds=key_bounds, longest=sizes)
+        for queries, keys, is_triangle in layout.spans():
+            if not is_triangle:
+                sizes = _length(queries), _length(keys)
+                of_queries, of_keys = (torch.tensor([0, n], dtype=torch.int32, device=self.device) for n in sizes)
+                yield Rectangle(queries, keys, False, None, of_queries, of_keys, sizes)
+
+
+def _length(run: slice) -> int:
+    length: int = run.stop - run.start
+    return length
+
+
+def _put_together(runs: Sequence[slice]) -> Rectangle:
+    """Make one part of the triangles of some runs, padded to the longest; a pad sees nothing and is not seen."""
+    if len(runs) == 1:
+        return Rectangle(runs[0], runs[0], True)
+    lengths = torch.tensor([_length(run) for run in runs])
+    starts = torch.tensor([run.start for run in runs])
+    offsets = torch.arange(int(lengths.max()))
+    is_real = offsets < lengths[:, None]
+    index_RL = starts[:, None] + torch.minimum(offsets, lengths[:, None] - 1)
+    places = Places(index_RL, is_real.flatten().nonzero().squeeze(1))
+    mask = (offsets[:, None] >= offsets) & is_real[:, :, None] & is_real[:, None, :]
+    return Rectangle(places, places, True, mask[:, None])
 
 
 _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
@@ -295,12 +370,9 @@ class Kernel(NamedTuple):
 
 
 def _cpu_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part: Rectangle, scale: float) -> Any:
-    output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, part.is_triangle and part.mask is None, attn_mask=_additive(part.mask, q), scale=scale
-    )
-    if part.mask is not None:  # of a query that sees nothing the kernel says 0
-        log_sum_exp = log_sum_exp.masked_fill(~part.mask.any(dim=1), -torch.inf)
-    return output, log_sum_exp
+    if part.mask is not None or k.shape[2] <= _PRODUCTS_FORWARD.get(q.dtype, sys.maxsize):
+        return _products_forward(q, k, v, part, scale)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, part.is_triangle, scale=scale)
 
 
 def _cpu_backward(
@@ -313,24 +385,88 @@ def _cpu_backward(
     part: Rectangle,
     scale: float,
 ) -> Any:
+    if part.mask is not None or k.shape[2] <= _PRODUCTS_BACKWARD.get(q.dtype, sys.maxsize):
+        return _products_backward(grad, q, k, v, output, log_sum_exp, part, scale)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad,
-        q,
-        k,
-        v,
-        output,
-        log_sum_exp,
-        0.0,
-        part.is_triangle and part.mask is None,
-        attn_mask=_additive(part.mask, q),
-        scale=scale,
+        grad, q, k, v, output, log_sum_exp, 0.0, part.is_triangle, scale=scale
     )
 
 
-def _additive(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
-    if mask is None:
-        return None
-    return torch.zeros(mask.shape, dtype=like.dtype).masked_fill_(~mask, -torch.inf)[None, None]
+def _blocks(part: Rectangle, queries: int, keys: int) -> Iterator[tuple[slice, slice, torch.Tensor | None, slice]]:
+    """Cut a part into blocks of queries: the queries, the keys that they see, and what is hidden in which of those."""
+    size = queries if queries < 2 * _BLOCK or isinstance(part.queries, Places) else _BLOCK
+    for start in range(0, queries, size):
+        rows = slice(start, min(start + size, queries))
+        if part.mask is not None:
+            yield rows, slice(0, keys), ~part.mask[..., rows, :].unsqueeze(-3), slice(0, keys)
+        elif part.is_triangle:
+            length = rows.stop - rows.start
+            yield rows, slice(0, rows.stop), torch.ones(length, length, dtype=torch.bool).triu(1), rows
+        else:
+            yield rows, slice(0, keys), None, rows
+
+
+def _products_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part: Rectangle, scale: float) -> Any:
+    """Attention by matrix products, block by block: on a CPU faster than PyTorch's kernel, but for long rows in fp32.
+
+    Query heads of one key-value head are rows of one product.
+    """
+    runs, heads, queries, width = q.shape
+    groups = k.shape[1]
+    k, v = (t.reshape(runs * groups, -1, width) for t in (k, v))
+    output = q.new_empty(runs, heads, queries, width)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    log_sum_exp = q.new_empty(runs, heads, queries, dtype=wide)
+    for rows, seen, hidden, of in _blocks(part, queries, k.shape[1]):
+        block = (q[:, :, rows] * scale).reshape(runs * groups, -1, width)
+        scores = torch.bmm(block, k[:, seen].mT)
+        by_head = scores.view(runs, groups, heads // groups, rows.stop - rows.start, -1)
+        if hidden is not None:
+            by_head[..., of].masked_fill_(hidden, -torch.inf)
+        largest, place = by_head.max(-1, keepdim=True)
+        probabilities = torch.softmax(by_head, -1, dtype=wide)
+        lse = largest.to(wide) - probabilities.gather(-1, place).log()
+        if part.mask is not None:  # a query that sees nothing
+            probabilities.nan_to_num_(0.0)
+            lse.masked_fill_(largest == -torch.inf, -torch.inf)
+        log_sum_exp[:, :, rows] = lse.flatten(1, 2).squeeze(-1)
+        product = torch.bmm(probabilities.to(q.dtype).view_as(scores), v[:, seen])
+        output[:, :, rows] = product.view(runs, heads, -1, width)
+    return output, log_sum_exp
+
+
+def _products_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    output: torch.Tensor,
+    log_sum_exp: torch.Tensor,
+    part: Rectangle,
+    scale: float,
+) -> Any:
+    """Give the gradients of `_products_forward`, with the output and the log-sum-exp of the whole row."""
+    runs, heads, queries, width = q.shape
+    groups = k.shape[1]
+    shape = k.shape
+    k, v = (t.reshape(runs * groups, -1, width) for t in (k, v))
+    dq, dk, dv = torch.empty(q.shape, dtype=q.dtype), torch.zeros_like(k), torch.zeros_like(v)
+    inner = (grad * output).sum(-1, keepdim=True)
+    for rows, seen, hidden, of in _blocks(part, queries, k.shape[1]):
+        block = (q[:, :, rows] * scale).reshape(runs * groups, -1, width)
+        block_grad = grad[:, :, rows].reshape(runs * groups, -1, width)
+        scores = torch.bmm(block, k[:, seen].mT)
+        by_head = scores.view(runs, groups, heads // groups, rows.stop - rows.start, -1)
+        if hidden is not None:
+            by_head[..., of].masked_fill_(hidden, -torch.inf)
+        lse = log_sum_exp[:, :, rows].reshape(runs * groups, -1, 1)
+        probabilities = torch.sub(scores, lse).exp_().to(q.dtype)
+        d_scores = torch.bmm(block_grad, v[:, seen].mT)
+        dv[:, seen] += torch.bmm(probabilities.mT, block_grad)
+        d_scores.sub_(inner[:, :, rows].reshape(runs * groups, -1, 1)).mul_(probabilities)
+        dq[:, :, rows] = torch.bmm(d_scores, k[:, seen]).view(runs, heads, -1, width) * scale
+        dk[:, seen] += torch.bmm(d_scores.mT, block)
+    return dq, dk.view(shape), dv.view(shape)
 
 
 def _cuda_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part: Rectangle, scale: float) -> Any:
@@ -403,17 +539,19 @@ class _Rectangles(torch.autograd.Function):
         wide = torch.promote_types(query.dtype, torch.float32)
         log_sum_exp = query.new_empty(1, heads, tokens, dtype=wide)
         for part in rectangles:
-            q, k, v = query[:, :, part.queries], key[:, :, part.keys], value[:, :, part.keys]
+            q, k, v = _take(query, part.queries), _take(key, part.keys), _take(value, part.keys)
             out, lse = kernel.forward(q, k, v, part, scale)
+            place = _where(part.queries)
+            out, lse = _real(out, part.queries), _real(lse, part.queries)
             if part.is_triangle:
-                output[:, :, part.queries] = out
-                log_sum_exp[:, :, part.queries] = lse
+                output[:, :, place] = out
+                log_sum_exp[:, :, place] = lse
                 continue
-            before = log_sum_exp[:, :, part.queries]
+            before = log_sum_exp[:, :, place]
             both = torch.logaddexp(before, lse)
-            merged = output[:, :, part.queries] * (before - both).exp()[..., None] + out * (lse - both).exp()[..., None]
-            output[:, :, part.queries] = merged.to(output.dtype)
-            log_sum_exp[:, :, part.queries] = both
+            merged = output[:, :, place] * (before - both).exp()[..., None] + out * (lse - both).exp()[..., None]
+            output[:, :, place] = merged.to(output.dtype)
+            log_sum_exp[:, :, place] = both
         ctx.save_for_backward(query, key, value, output, log_sum_exp)
         ctx.rectangles, ctx.scale, ctx.kernel = rectangles, scale, kernel
         return output.transpose(1, 2)
@@ -425,22 +563,21 @@ class _Rectangles(torch.autograd.Function):
         # Stored as the projections want them, tokens before heads.
         dq, dk, dv = (torch.empty_like(t.transpose(1, 2)).transpose(1, 2) for t in (query, key, value))
         for part in ctx.rectangles:
-            queries, keys = part.queries, part.keys
-            parts = ctx.kernel.backward(
-                grad[:, :, queries],
-                query[:, :, queries],
-                key[:, :, keys],
-                value[:, :, keys],
-                output[:, :, queries],
-                log_sum_exp[:, :, queries],
+            shares = ctx.kernel.backward(
+                _take(grad, part.queries),
+                _take(query, part.queries),
+                _take(key, part.keys),
+                _take(value, part.keys),
+                _take(output, part.queries),
+                _take(log_sum_exp[..., None], part.queries)[..., 0],
                 part,
                 ctx.scale,
             )
-            for whole, place, share in zip((dq, dk, dv), (queries, keys, keys), parts, strict=True):
+            for whole, places, share in zip((dq, dk, dv), (part.queries, part.keys, part.keys), shares, strict=True):
                 if part.is_triangle:  # the triangles come first and cover every token
-                    whole[:, :, place] = share
+                    whole[:, :, _where(places)] = _real(share, places)
                 else:
-                    whole[:, :, place] += share
+                    whole[:, :, _where(places)] += share
         return dq, dk, dv, None, None, None
 
 
