@@ -37,8 +37,10 @@ from llmforge.models.adapter import (
     load_adapter,
     starting_point,
 )
+from llmforge.models.arithmetic import choose_matmul, keep_freed_memory
 from llmforge.models.causality import check_causal
 from llmforge.models.device import DTYPES, autocast, device_name
+from llmforge.models.fused_lora import fuse_lora
 from llmforge.models.head import Head, find_head
 from llmforge.models.isolation import Isolation, isolate
 from llmforge.models.load import (
@@ -121,10 +123,14 @@ def run(
         RunError: training failed or was interrupted.
     """
     config = preparation.config
+    keep_freed_memory()
+    choose_matmul(preparation.device)
     torch.manual_seed(config.optimization.seed)  # a fresh adapter's weights
     model, start = _load_model(preparation, reporter)
     backend = SingleDevice(preparation.device)
     model = backend.prepare(model)
+    if config.speed.torch_compile is None:  # which fuses by itself
+        fuse_lora(model)
     forward_context = autocast(preparation.device, config.speed.dtype)
     with forward_context():
         check_causal(model)
