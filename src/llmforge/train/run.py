@@ -41,6 +41,7 @@ from llmforge.models.arithmetic import choose_matmul, keep_freed_memory
 from llmforge.models.causality import check_causal
 from llmforge.models.device import DTYPES, autocast, device_name
 from llmforge.models.fused_lora import fuse_lora
+from llmforge.models.fused_norm import fuse_norms
 from llmforge.models.head import Head, find_head
 from llmforge.models.isolation import Isolation, isolate
 from llmforge.models.load import (
@@ -131,6 +132,7 @@ def run(
     model = backend.prepare(model)
     if config.speed.torch_compile is None:  # which fuses by itself
         fuse_lora(model)
+        fuse_norms(model)
     forward_context = autocast(preparation.device, config.speed.dtype)
     with forward_context():
         check_causal(model)
