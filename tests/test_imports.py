@@ -42,6 +42,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
         command("schema"),
         "from llmforge.prompt import PromptFormat, compile_to_jinja",
         "from llmforge.jobs.display import open_display",
+        "from llmforge.jobs.finetune import finetune, resume",
         "from llmforge import load_config, load_run",
     )
     assert {statement: names for statement, names in loaded.items() if names} == {}
@@ -51,6 +52,23 @@ def test_looking_for_a_model_imports_no_torch(tmp_path: Path) -> None:
     look = f"with contextlib.suppress(ValueError): find_model('./no', relative_to=Path({str(tmp_path)!r}))"
     loaded = newly_loaded("from pathlib import Path", "from llmforge.models.source import find_model", look)
     assert {name for names in loaded.values() for name in names} <= {"huggingface_hub"}
+
+
+def test_what_a_program_imports_for_good_is_no_longer_looked_through() -> None:
+    program_code = """
+import gc
+from llmforge.jobs.imports import imports_for_good
+
+with imports_for_good():
+    print(gc.isenabled())
+    import ast
+print(gc.isenabled(), gc.get_freeze_count() > 0)
+gc.disable()
+with imports_for_good():
+    pass
+print(gc.isenabled())
+"""
+    assert program("-c", program_code).out.split() == ["False", "True", "True", "False"]
 
 
 def test_the_import_contracts_hold() -> None:

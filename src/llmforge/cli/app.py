@@ -72,6 +72,7 @@ def finetune(
     from llmforge.config import load_config
     from llmforge.jobs import finetune as jobs
     from llmforge.jobs.display import QuietDisplay, open_display
+    from llmforge.jobs.imports import imports_for_good
 
     if (config is None) == (resume is None):
         raise InputError("give either CONFIG, to start a run, or --resume RUN_DIR, to continue one")
@@ -80,10 +81,12 @@ def finetune(
     with QuietDisplay(sys.stderr) if as_json else open_display(sys.stderr) as display:
         if config is None:
             assert resume is not None
-            run: Run | None = jobs.resume(resume, display, allow_unproven=allow_unproven)
+            run: Run | None = jobs.resume(resume, display, allow_unproven=allow_unproven, importing=imports_for_good)
         else:
             loaded = load_config(config, overrides or (), default)
-            run = jobs.finetune(loaded, display, dry_run=dry_run, allow_unproven=allow_unproven)
+            run = jobs.finetune(
+                loaded, display, dry_run=dry_run, allow_unproven=allow_unproven, importing=imports_for_good
+            )
     if as_json:
         result = (
             {"dry_run": True}

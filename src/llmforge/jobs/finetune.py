@@ -1,7 +1,8 @@
 """The life of a run in this process: prepares it, gives it a directory, trains, and records how it went."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -9,9 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from llmforge.atomic import write_atomically
 from llmforge.config import LoadedConfig, load_config, refuse_unavailable
 from llmforge.errors import ConfigError
-from llmforge.export.card import CardFacts, Evaluation, model_card
-from llmforge.export.loss_curve import plot_losses
-from llmforge.export.proof_words import proof_lines
 from llmforge.jobs.events import EventLog, Reporters, read_events, redact
 from llmforge.jobs.interruptions import remember_interrupts
 from llmforge.jobs.loggers import check_logger, make_logger
@@ -27,6 +25,9 @@ if TYPE_CHECKING:
 
 LOSS_CURVE = "loss_curve.png"
 
+Importing = Callable[[], AbstractContextManager[None]]
+"""Makes a context in which torch and all that builds on it are imported."""
+
 
 class Audience(Reporter, Protocol):
     """A reporter that a person watches; it also hears how far the preparation is."""
@@ -36,11 +37,17 @@ class Audience(Reporter, Protocol):
 
 
 def finetune(
-    loaded: LoadedConfig, audience: Audience, *, dry_run: bool = False, allow_unproven: bool = False
+    loaded: LoadedConfig,
+    audience: Audience,
+    *,
+    dry_run: bool = False,
+    allow_unproven: bool = False,
+    importing: Importing = nullcontext,
 ) -> Run | None:
     """Run the fine-tuning job that a config describes; with `dry_run` stop before the first step and leave nothing.
 
-    With `allow_unproven` the artifact is published even where it is not proven to serve what was trained.
+    With `allow_unproven` the artifact is published even where it is not proven to serve what was trained. `importing`
+    is how a program of its own imports torch sooner than a library may.
 
     Raises:
         InputError: something given is wrong; nothing was trained.
@@ -49,7 +56,7 @@ def finetune(
     refuse_unavailable(loaded)
     # Before rows are encoded, which can take an hour: is there a place to write to?
     RunDirectory.check(Path(loaded.config.output_dir).expanduser(), loaded.config.custom_model_tag)
-    preparation = _prepare(loaded, audience, allow_unproven)
+    preparation = _prepare(loaded, audience, allow_unproven, importing)
     from llmforge.train.run import check_model
 
     needed = check_model(preparation)
@@ -66,7 +73,9 @@ def finetune(
     return _train(directory, preparation, audience, allow_unproven=allow_unproven)
 
 
-def resume(run_dir: Path, audience: Audience, *, allow_unproven: bool = False) -> Run:
+def resume(
+    run_dir: Path, audience: Audience, *, allow_unproven: bool = False, importing: Importing = nullcontext
+) -> Run:
     """Continue a run from its last checkpoint; its result is that of a run which never stopped.
 
     A run that has finished is given back as it is. If its artifact is gone, it is written again.
@@ -85,20 +94,21 @@ def resume(run_dir: Path, audience: Audience, *, allow_unproven: bool = False) -
         audience.note(f"{directory.path} has finished already; there is nothing to continue")
         return load_run(directory.path)
     loaded = load_config(directory.resolved_config)
-    preparation = _prepare(loaded, audience, allow_unproven)
+    preparation = _prepare(loaded, audience, allow_unproven, importing)
     _refuse_changes(read_manifest(directory.manifest), _manifest(loaded, preparation), directory)
     run = _train(directory, preparation, audience, resuming=True, allow_unproven=allow_unproven)
     assert run is not None
     return run
 
 
-def _prepare(loaded: LoadedConfig, audience: Audience, allow_unproven: bool) -> "Preparation":
-    from llmforge.train.prepare import prepare_run  # torch and transformers are imported here, not with the commands
-
+def _prepare(loaded: LoadedConfig, audience: Audience, allow_unproven: bool, importing: Importing) -> "Preparation":
     for note in loaded.notes:
         audience.note(note)
     if loaded.config.logger is not None:
         check_logger(loaded.config.logger.provider, loaded.config.logger.provider_config)
+    with importing():  # torch and transformers come here, and not with the commands
+        import llmforge.train.run  # noqa: F401 - which is needed next
+        from llmforge.train.prepare import prepare_run
     return prepare_run(loaded, audience, audience.progress, allow_unproven=allow_unproven)
 
 
@@ -226,6 +236,10 @@ def _refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], directory
 
 def _add_documents(directory: RunDirectory, preparation: "Preparation", artifact: Path, result: "Result") -> None:
     """Write the loss curve and the model card into the artifact."""
+    from llmforge.export.card import CardFacts, Evaluation, model_card
+    from llmforge.export.loss_curve import plot_losses
+    from llmforge.export.proof_words import proof_lines
+
     events = read_events(directory.events)
     # A resumed run goes over some steps again; the last record of a step is the one that counts.
     steps = {event["step"]: event for event in events if event["event"] == "step"}

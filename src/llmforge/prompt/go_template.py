@@ -15,11 +15,10 @@ Modelfile ends its values at quotation marks and drops what is unprintable.
 
 import sys
 from collections.abc import Sequence
+from functools import cache
 
 from llmforge.prompt.conversation import Message
 from llmforge.prompt.format import PLACEHOLDER, PromptFormat
-
-_WHITE_SPACE = "".join(filter(str.isspace, map(chr, range(sys.maxunicode + 1))))  # what `str.strip` strips
 
 
 def compile_to_go_template(format: PromptFormat, *, writes_bos: bool = True) -> str:
@@ -122,12 +121,18 @@ def _stripping(name: str, edge: str, rest: str, body: str) -> list[str]:
     """
     lines = [f'{{{{- define "{name}" -}}}}']
     for width, keyword in ((1, "if"), (2, "else if"), (3, "else if")):
-        characters = " ".join(_literal(one) for one in _WHITE_SPACE if len(one.encode()) == width)
+        characters = " ".join(_literal(one) for one in _white_space() if len(one.encode()) == width)
         lines.append(
             f"{{{{- {keyword} and (ge (len .) {width}) (eq {edge.format(width=width)} {characters}) -}}}}"
             f'{{{{- template "{name}" {rest.format(width=width)} -}}}}'
         )
     return [*lines, "{{- else -}}", *_line(body), "{{- end -}}", "{{- end -}}"]
+
+
+@cache
+def _white_space() -> str:
+    """Give the characters that `str.strip` strips; there are a million to ask."""
+    return "".join(filter(str.isspace, map(chr, range(sys.maxunicode + 1))))
 
 
 def _line(actions: str) -> list[str]:
