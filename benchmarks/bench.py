@@ -24,9 +24,9 @@ from typing import Any
 
 from measuring import machine, process, work
 from measuring.report import render
-from measuring.work import Case, Workload
+from measuring.work import Case
 from peers import PROGRAMS
-from peers.program import CACHE, INSIDE, CannotInstall, CannotRun, Program, last_error
+from peers.program import CACHE, INSIDE, NotInstalledError, NotPossibleError, Program, last_error
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -49,7 +49,7 @@ def main() -> None:
         sys.exit(f"{GGUF} is missing; `make install-model` fetches it, or LLMFORGE_REAL_MODEL names it")
     programs = [PROGRAMS[key] for key in options.peers]
     results = json.loads(path.read_text()) if options.merge and path.is_file() else {"runs": [], "programs": {}}
-    results["machine"] = machine.describe() | {"threads": options.threads}
+    results["machine"] = machine.describe(gpu=options.gpu) | {"threads": options.threads}
     failed = _environments(programs, results)
     cases = list(_cases(options))
     results["flop_rule"] = work.FLOP_RULE
@@ -126,7 +126,7 @@ def _environments(programs: list[Program], results: dict[str, Any]) -> dict[str,
     for program in programs:
         try:
             versions = _versions(program.python(), program.packages)
-        except CannotInstall as error:
+        except NotInstalledError as error:
             failed[program.key] = f"not installed: {error}"
             versions = {}
         results["programs"][program.key] = {"title": program.title, "versions": versions}
@@ -211,7 +211,7 @@ def _run(program: Program, case: Case, failure: str | None, options: argparse.Na
             limit=options.limit,
         )
         return record | _described(program, case, outcome)
-    except CannotRun as error:
+    except NotPossibleError as error:
         return record | {"error": str(error)}
     finally:
         if not options.keep:

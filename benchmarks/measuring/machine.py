@@ -12,10 +12,19 @@ from measuring.work import Shape
 
 TOKENS = 1_024
 # Dense bf16 rates by the makers' data sheets, in TFLOP/s.
-DATA_SHEET = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165, "B200": 2_250}
+DATA_SHEET = {
+    "H100 PCIe": 756,
+    "H100": 989,
+    "H200": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "RTX 4090": 165,
+    "B200": 2_250,
+}
 
 
-def describe() -> dict[str, Any]:
+def describe(*, gpu: bool) -> dict[str, Any]:
     """Say what the machine is, in words that other people understand."""
     import psutil
     import torch
@@ -28,10 +37,11 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "features": sorted(name for name, has in torch.cpu.get_capabilities().items() if has is True),
     }
-    if torch.cuda.is_available():
+    if gpu:
         machine["gpu"] = torch.cuda.get_device_name(0)
         machine["gpu_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30)
         machine["cuda"] = torch.version.cuda
+        machine["data_sheet_rate"] = _data_sheet_rate(machine["gpu"])
     return machine
 
 
@@ -43,7 +53,7 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def data_sheet_rate(gpu: str) -> float | None:
+def _data_sheet_rate(gpu: str) -> float | None:
     """Give the dense bf16 rate of a GPU in FLOP/s, where it is known."""
     return next((rate * 1e12 for name, rate in DATA_SHEET.items() if name in gpu), None)
 

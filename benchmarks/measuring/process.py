@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -144,5 +145,5 @@ def steady(steps: Sequence[Mapping[str, Any]], began: float) -> dict[str, float 
         seconds = last["time"] - first["time"]
         result["tokens_per_second"] = (last["tokens"] - first["tokens"]) / seconds
         times = [step["time"] for step in steps[skipped - 1 :]]
-        result["step_seconds"] = median(b - a for a, b in zip(times, times[1:], strict=False))
+        result["step_seconds"] = median(b - a for a, b in pairwise(times))
     return result

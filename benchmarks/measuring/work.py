@@ -16,6 +16,7 @@ import numpy as np
 Method = Literal["lora", "full"]
 Mode = Literal["tuned", "quickstart"]
 Messages = list[dict[str, str]]
+Make = Callable[["Words", np.random.Generator, int], Iterator[Messages]]
 
 SEED = 7
 PAD_TOKEN = "<|endoftext|>"  # id 0; no row contains it, so that what is not this token is real
@@ -70,7 +71,7 @@ class Shape:
         return [(h, h), (h, kv), (h, kv), (h, h), (h, wide), (h, wide), (wide, h)]
 
 
-SMALL = Shape("49M", 10, 512, 8, 8, 1376, 49_152, 2_048, tied=True)
+SMALL = Shape("57M", 10, 512, 8, 8, 1376, 49_152, 2_048, tied=True)
 # Shapes of Llama 3; full training takes the largest that fits.
 LLAMAS = (
     Shape("8B", 32, 4_096, 32, 8, 14_336, 128_256, 8_192, tied=False),
@@ -92,7 +93,7 @@ class Workload:
     examples_per_step: int
     micro_batch: int
     rows: int
-    make: Callable[["Words", np.random.Generator, int], Iterator[Messages]]
+    make: Make
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class Words:
         return " ".join(random.choice(self._words, words, p=self._weights))
 
 
-def chat_rows(shortest: int, longest: int, median: int) -> Callable[[Words, np.random.Generator, int], Iterator[Messages]]:
+def chat_rows(shortest: int, longest: int, median: int) -> Make:
     """Conversations whose lengths have a long tail; 60 % of the tokens are prompt."""
 
     def make(words: Words, random: np.random.Generator, rows: int) -> Iterator[Messages]:
@@ -302,9 +303,9 @@ def build_rows(workload: Workload, model: Path, directory: Path) -> tuple[Path, 
 
 FLOP_RULE = (
     "FLOPs of a token, forward and backward: 6 for each weight that is trained, 4 for each that is not; the output "
-    "layer only where a token is trained; causal attention 6 × layers × hidden × length² for a row (half of the square "
-    "is computed, three times); embeddings, norms and the optimizer count nothing. Every row counts as if it was computed "
-    "alone and without padding, so a program that computes a shared prefix once can exceed 100 %."
+    "layer only where a token is trained; causal attention 6 × layers × hidden × length² for a row (half of the "
+    "square is computed, three times); embeddings, norms and the optimizer count nothing. Every row counts as if it was "
+    "computed alone and without padding, so a program that computes a shared prefix once can exceed 100 %."
 )
 
 

@@ -22,11 +22,11 @@ INSIDE = BENCHMARKS / "peers" / "inside"
 TORCH = "2.13.0"
 
 
-class CannotInstall(Exception):
+class NotInstalledError(Exception):
     """A program cannot be installed on this machine; the text says why."""
 
 
-class CannotRun(Exception):
+class NotPossibleError(Exception):
     """A program cannot do a case; the text says why."""
 
 
@@ -43,7 +43,6 @@ class Environment:
     constraints: Sequence[str] = ()
     without: Sequence[str] = ()
     stubs: Mapping[str, str] = field(default_factory=dict)
-    unset: Sequence[str] = ()
 
     def python(self) -> Path:
         """Give the interpreter, making the environment where it is not there yet.
@@ -51,7 +50,7 @@ class Environment:
         `BENCH_PYTHON_<NAME>` names an interpreter that has the program already, for machines without a network.
 
         Raises:
-            CannotInstall: pip refused, or the packages do not fit together.
+            NotInstalledError: pip refused, or the packages do not fit together.
         """
         given = os.environ.get(f"BENCH_PYTHON_{self.name.upper().replace('-', '_')}")
         if given:
@@ -72,7 +71,7 @@ class Environment:
                 done = subprocess.run([*map(str, command)], stdout=output, stderr=subprocess.STDOUT, env=environment)
                 if done.returncode:
                     output.flush()
-                    raise CannotInstall(last_error(log.read_text(errors="replace")))
+                    raise NotInstalledError(last_error(log.read_text(errors="replace")))
 
             constraints = directory / "constraints.txt"
             constraints.write_text("".join(f"{line}\n" for line in (f"torch=={TORCH}", *self.constraints)))
@@ -122,13 +121,18 @@ class Program:
         """Write what the program needs into `case.directory`, and say how to start it.
 
         Raises:
-            CannotRun: the program has no way to do this case.
+            NotPossibleError: the program has no way to do this case.
         """
         raise NotImplementedError
 
     def losses(self, case: Case, log: str) -> list[float]:
-        """Give the training loss of every optimizer step. Most programs print what transformers' Trainer prints."""
-        return [float(loss) for loss in re.findall(r"'loss': '?([\d.]+(?:e[-+]?\d+)?)", log)]
+        """Give the training loss of every optimizer step, or only their mean where a program's defaults say no more.
+
+        Most programs print what transformers' Trainer prints.
+        """
+        number = r"'?([\d.]+(?:e[-+]?\d+)?)"
+        every = re.findall(rf"'loss': {number}", log) if case.mode == "tuned" else []
+        return [float(loss) for loss in every or re.findall(rf"'?train_loss'?\s*[:=]\s*{number}", log)[-1:]]
 
     def steps(self, case: Case) -> list[dict[str, Any]] | None:
         """Give time (s since 1970), tokens and trained tokens of every step; None has the probe's taken instead."""
@@ -142,7 +146,9 @@ class Program:
 def last_error(log: str) -> str:
     """Find the line of a log that says why a program failed."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    telling = [line for line in lines if re.match(r"(ERROR: |error: |[\w.]*(Error|Exception|Refused|NotImplemented)\b)", line)]
+    telling = [
+        line for line in lines if re.match(r"(ERROR: |error: |[\w.]*(Error|Exception|Refused|NotImplemented)\b)", line)
+    ]
     line = (telling or lines or ["it printed nothing"])[-1]
     return line if len(line) <= 300 else line[:297] + "…"
 

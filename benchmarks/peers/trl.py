@@ -42,7 +42,7 @@ class Trl(Program):
 
     def note(self, case: Case) -> str:
         if case.mode == "quickstart":
-            return "SFTTrainer(model, data, LoraConfig()): LoRA r 8 on queries and values, loss on all tokens, 8 rows a step"
+            return "SFTTrainer with LoraConfig(): LoRA r 8 on queries and values, loss on all tokens, 8 rows a step"
         return f"{case.packs_per_step} packs a step" if self.packing else ""
 
 

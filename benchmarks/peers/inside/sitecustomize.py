@@ -1,7 +1,7 @@
 """The probe: writes down each optimizer step of the program whose process this is, and how many tokens it saw.
 
-Python imports this module at start because its directory is on PYTHONPATH. It only watches: torch's global hooks tell of
-every optimizer step, of the ids that reach the embedding, and of the labels that reach the model, in any program.
+Python imports this module at start because its directory is on PYTHONPATH. It only watches: torch's global hooks tell
+of every optimizer step, of the ids that reach the embedding, and of the labels that reach the model, in any program.
 
 A token is real if it is not the padding token, which no row contains. It is counted where it enters the embedding, so
 that the count does not depend on how rows were padded, packed or ordered.
@@ -42,8 +42,7 @@ class _Watch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 class _Counts:
-    tokens = positions = trained = 0
-    labels_seen = False
+    tokens = positions = labels = targets = 0
 
 
 def _attach(optimizers):
@@ -59,8 +58,9 @@ def _attach(optimizers):
             record["device_bytes"] = torch.cuda.max_memory_allocated()
             record["device_bytes_reserved"] = torch.cuda.max_memory_reserved()
         record["time"] = time.time()
-        for name in ("tokens", "positions", "trained"):
-            record[name] = int(getattr(_Counts, name))
+        record |= {"tokens": int(_Counts.tokens), "positions": int(_Counts.positions)}
+        # Labels are counted once whatever the loss is; targets are for programs whose model is not given labels.
+        record["trained"] = int(_Counts.labels) or int(_Counts.targets)
         log.write(json.dumps(record) + "\n")
 
     def entered(module, arguments):
@@ -74,8 +74,7 @@ def _attach(optimizers):
             labels = keywords.get("labels")
             # PEFT's model passes labels on to the one that it wraps.
             if labels is not None and not type(module).__name__.startswith("Peft"):
-                _Counts.trained += (labels[..., 1:] != IGNORED).sum()
-                _Counts.labels_seen = True
+                _Counts.labels += (labels[..., 1:] != IGNORED).sum()
 
     optimizers.register_optimizer_step_post_hook(stepped)
     modules.register_module_forward_pre_hook(entered)
@@ -84,14 +83,13 @@ def _attach(optimizers):
 
 
 def _count_targets():
-    """Count the targets of cross_entropy, for programs whose model is not given labels."""
     import torch.nn.functional as functional
 
     original = functional.cross_entropy
 
     def cross_entropy(input, target, *arguments, **keywords):
-        if not _Counts.labels_seen and input.requires_grad and not target.is_floating_point():
-            _Counts.trained += (target != keywords.get("ignore_index", IGNORED)).sum()
+        if input.requires_grad and not target.is_floating_point():
+            _Counts.targets += (target != keywords.get("ignore_index", IGNORED)).sum()
         return original(input, target, *arguments, **keywords)
 
     functional.cross_entropy = cross_entropy
