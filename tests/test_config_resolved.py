@@ -271,6 +271,13 @@ def test_batch_size_grows_with_memory_and_shrinks_with_everything_else() -> None
     assert derive.train_batch_size(facts(bytes_per_value=2), 256).value >= size
 
 
+def test_activations_are_computed_again_only_where_memory_asks_for_it() -> None:
+    assert derive.gradient_checkpointing(facts(), 2048).value is False
+    assert derive.gradient_checkpointing(facts(available_bytes=2 << 30), 4096).value is True
+    assert derive.tokens_that_fit(facts(is_lora=False)) < derive.tokens_that_fit(facts())
+    assert derive.tokens_that_fit(facts(available_bytes=1 << 20)) < 0
+
+
 @pytest.mark.parametrize(("batch", "steps"), [(1, 16), (2, 8), (8, 2), (16, 1), (64, 1)])
 def test_accumulation_makes_sixteen_examples(batch: int, steps: int) -> None:
     assert derive.gradient_accumulation_steps(batch, chosen_by_user=False).value == steps

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from conftest import QUESTIONS, build_model, conversation_rows, save_model, write_jsonl
@@ -16,7 +17,7 @@ from llmforge.config import load_config
 from llmforge.data.batches import StepPlan
 from llmforge.data.packing import cut_into_packs
 from llmforge.data.samples import Sample
-from llmforge.errors import ConfigError, NonFiniteLossError
+from llmforge.errors import ConfigError, ModelError, NonFiniteLossError, RunError
 from llmforge.jobs.events import read_events
 from llmforge.jobs.finetune import finetune
 from llmforge.models.adapter import add_lora
@@ -24,6 +25,7 @@ from llmforge.models.head import find_head
 from llmforge.models.isolation import isolate
 from llmforge.models.load import enable_activation_checkpointing
 from llmforge.tasks import InstructionTuning
+from llmforge.train import rehearsal
 from llmforge.train.backends import SingleDevice
 from llmforge.train.loop import train
 from llmforge.train.optimization import build_optimizer, build_schedule
@@ -140,10 +142,53 @@ def test_a_run_reports_the_same_losses_however_its_steps_are_cut(data_dir: Path,
         {"train_batch_size_per_device": 1, "gradient_accumulation_steps": 8},
         {"padding": "max_length", "context_length": 64},
         {"gradient_checkpointing": True},
+        {"packing": False},
+        {"torch_compile_config": {"backend": "aot_eager"}},
     ]
     for number, cut in enumerate(cuts):
         other = losses_of(data_dir, model_dir, custom_model_tag=f"b{number}", **keys, **cut)
         assert other == pytest.approx(whole, rel=1e-4), cut
+
+
+def test_what_needs_most_memory_is_tried_first_and_leaves_no_trace(
+    data_dir: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run_here(data_dir, model_dir, custom_model_tag="plain", lora_config=LORA)[1]
+    assert not [note for note in plain.notes if note.startswith("tried first")]  # a tiny model on a CPU
+    monkeypatch.setattr(rehearsal, "_PLENTY", 0.0)
+    run, tried = run_here(data_dir, model_dir, custom_model_tag="tried", lora_config=LORA)
+    assert len([note for note in tried.notes if note.startswith("tried first")]) == 1
+    assert tried.of("step", "train_loss") == plain.of("step", "train_loss")  # bitwise
+    assert tried.of("step", "grad_norm") == plain.of("step", "grad_norm")
+    assert sorted(path.name for path in (run.run_dir / "checkpoints").iterdir()) == ["step-000006"]
+
+
+@pytest.mark.parametrize("message", ["out of memory", "DefaultCPUAllocator: can't allocate memory: you tried"])
+def test_too_little_memory_shows_before_the_first_step_and_names_what_to_change(
+    message: str, data_dir: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise (torch.OutOfMemoryError if message == "out of memory" else RuntimeError)(message)
+
+    monkeypatch.setattr(rehearsal, "_PLENTY", 0.0)
+    monkeypatch.setattr(SingleDevice, "backward", fails)
+    with pytest.raises(RunError, match=r"train_batch_size_per_device 8 and context_length 64.*gradient_checkpointing"):
+        run_here(data_dir, model_dir)
+    events = read_events(data_dir / "runs" / "run" / "events.jsonl")
+    assert [event["event"] for event in events if event["event"] != "note"] == ["started", "failed"]
+
+
+def test_a_model_that_cannot_be_packed_is_padded_and_says_so(data_dir: Path, model_dir: Path) -> None:
+    config = transformers.BloomConfig(
+        vocab_size=transformers.AutoConfig.from_pretrained(model_dir).vocab_size, hidden_size=32, n_layer=2, n_head=2
+    )
+    shutil.copytree(model_dir, data_dir / "bloom")
+    (data_dir / "bloom" / "model.safetensors").unlink()
+    transformers.BloomForCausalLM(config).save_pretrained(data_dir / "bloom")
+    _, listener = run_here(data_dir, data_dir / "bloom", custom_model_tag="auto")
+    assert [note for note in listener.notes if note.startswith("packing is off: its attention cannot be exchanged")]
+    with pytest.raises(ModelError, match=r"packing: given true, but in this bloom model"):
+        run_here(data_dir, data_dir / "bloom", custom_model_tag="asked", packing=True)
 
 
 def test_the_last_step_of_an_epoch_counts_its_own_examples(data_dir: Path, model_dir: Path) -> None:

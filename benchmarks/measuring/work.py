@@ -304,8 +304,8 @@ def build_rows(workload: Workload, model: Path, directory: Path) -> tuple[Path, 
 FLOP_RULE = (
     "FLOPs of a token, forward and backward: 6 for each weight that is trained, 4 for each that is not; the output "
     "layer only where a token is trained; causal attention 6 × layers × hidden × length² for a row (half of the "
-    "square is computed, three times); embeddings, norms and the optimizer count nothing. Every row counts as if it was "
-    "computed alone and without padding, so a program that computes a shared prefix once can exceed 100 %."
+    "square is computed, three times); embeddings, norms and the optimizer count nothing. Every row counts as if it "
+    "was computed alone and without padding, so a program that computes a shared prefix once can exceed 100 %."
 )
 
 

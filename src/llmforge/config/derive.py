@@ -17,6 +17,7 @@ _LARGEST_BATCH_ON_CPU = 8
 
 # What a decoder layer (attention, gated MLP) keeps per token for the backward pass, in values, in units of hidden_size.
 _ACTIVATIONS_PER_LAYER = 24
+_FULL_STATE = 16  # bytes of a parameter that is trained: its value, its gradient and Adam's two moments in fp32
 # The share of the memory that is planned with; the rest is for fragments, buffers and what the formula leaves out.
 _USABLE = 0.8
 
@@ -66,27 +67,17 @@ def num_epochs(min_update_steps: int, steps_per_epoch: int) -> Derived:
     )
 
 
+def gradient_checkpointing(memory: MemoryFacts, tokens: int) -> Derived:
+    """Return True where a micro-batch of so many tokens fits into memory only if activations are computed again."""
+    gib = memory.available_bytes / 2**30
+    if tokens <= tokens_that_fit(memory):
+        return Derived(False, f"the activations of {tokens} tokens fit into {gib:.1f} GiB")
+    return Derived(True, f"the activations of {tokens} tokens do not fit into {gib:.1f} GiB")
+
+
 def train_batch_size(memory: MemoryFacts, context_length: int) -> Derived:
-    """Return the sequences per device that fit into memory: a power of two, at most 16, on a CPU at most 8.
-
-    With h hidden_size, L num_layers, V vocab_size, T context_length, b bytes_per_value:
-
-        parameters   = 12·L·h² + 2·V·h
-        state        = parameters × b                      LoRA: the base weights; the adapter is small
-                     = parameters × (2·b + 8)              full: weights, gradients, two fp32 moments of Adam
-        activations  = T × 24·L·h × b                      every layer's, for the backward pass
-                     = T × (L + 24)·h × b                  with checkpointing: each layer's input, and one layer's own
-        logits       = T × V × (b + 8)                     logits, their fp32 copy, its gradient
-        batch        = (0.8 × available - state) / (activations + logits)
-    """
-    h, layers, vocab, width = memory.hidden_size, memory.num_layers, memory.vocab_size, memory.bytes_per_value
-    parameters = 12 * layers * h * h + 2 * vocab * h
-    state = parameters * (width if memory.is_lora else 2 * width + 8)
-    kept = (
-        (layers + _ACTIVATIONS_PER_LAYER) * h if memory.gradient_checkpointing else _ACTIVATIONS_PER_LAYER * layers * h
-    )
-    per_sequence = context_length * (kept * width + vocab * (width + 8))
-    fitting = (_USABLE * memory.available_bytes - state) / per_sequence
+    """Return the sequences per device that fit into memory: a power of two, at most 16, on a CPU at most 8."""
+    fitting = tokens_that_fit(memory) / context_length
     limit = _LARGEST_BATCH_ON_CPU if memory.on_cpu else _LARGEST_BATCH
     size = 1
     while size * 2 <= min(fitting, limit):
@@ -98,6 +89,27 @@ def train_batch_size(memory: MemoryFacts, context_length: int) -> Derived:
     if size == limit:
         return Derived(size, f"the most that is chosen {place}; fits into {gib:.1f} GiB")
     return Derived(size, f"largest power of two that fits into {gib:.1f} GiB at {context_length} tokens")
+
+
+def tokens_that_fit(memory: MemoryFacts) -> float:
+    """Return how many tokens of a micro-batch fit into memory, as estimated; it can be less than 0.
+
+    With h hidden_size, L num_layers, V vocab_size, b bytes_per_value:
+
+        parameters   = 12·L·h² + 2·V·h
+        state        = parameters × b               LoRA: the base weights; the adapter is small
+                     = parameters × 16              full: weights, gradients, two moments of Adam, all fp32
+        per token    = 24·L·h × b                   every layer's activations, for the backward pass
+                     = (L + 24)·h × b               with checkpointing: each layer's input, and one layer's own
+        tokens       = (0.8 × available - state) / per token
+
+    Logits are not in it: they are there for a few places at a time.
+    """
+    h, layers, width = memory.hidden_size, memory.num_layers, memory.bytes_per_value
+    parameters = 12 * layers * h * h + 2 * memory.vocab_size * h
+    state = parameters * (width if memory.is_lora else _FULL_STATE)
+    kept = layers + _ACTIVATIONS_PER_LAYER if memory.gradient_checkpointing else _ACTIVATIONS_PER_LAYER * layers
+    return (_USABLE * memory.available_bytes - state) / max(1, kept * h * width)
 
 
 def eval_batch_size(train_batch_size: int) -> Derived:

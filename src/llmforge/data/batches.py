@@ -37,6 +37,13 @@ class StepPlan:
         start = step_of_epoch * self._step
         return self._permutation(epoch)[start : start + self._step].tolist()
 
+    def largest_steps(self) -> list[int]:
+        """Return the first epoch's steps that need most memory: of most tokens, and with the longest sample."""
+        lengths = self._lengths[self._permutation(0)]
+        starts = np.arange(0, len(lengths), self._step)
+        sums, longest = np.add.reduceat(lengths, starts), np.maximum.reduceat(lengths, starts)
+        return sorted({int(sums.argmax()), int(longest.argmax())})
+
     def micro_batches(self, step: int) -> list[list[int]]:
         """Return the sample indices of each padded micro-batch of a step."""
         return _cut(np.array(self.samples(step), dtype=np.int64), self._lengths, self._micro_batch)

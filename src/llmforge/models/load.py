@@ -3,7 +3,7 @@
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,6 +251,19 @@ def enable_activation_checkpointing(model: Any) -> str | None:
     except ValueError as error:
         return f"activation checkpointing is off: {reason(error)}"
     return None
+
+
+def compile_layers(model: torch.nn.Module, options: Mapping[str, Any]) -> None:
+    """Compile a model's layers, one graph for all of them, at their first call; the whole model where it has no list.
+
+    Args:
+        options: of `torch.compile`. Unless it says otherwise lengths are taken as changing, else each is compiled anew.
+    """
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) > 1]
+    layers = max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()), default=[model])
+    dynamic = True if options.get("dynamic") is None else options["dynamic"]
+    for layer in layers:
+        layer.compile(**{**options, "dynamic": dynamic})
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

@@ -260,6 +260,7 @@ def _pack_mask(mask_function: MaskFunction, options: Mapping[str, Any]) -> PackM
     return PackMask(layout, None if is_plain else mask_function, device)
 
 
+@torch.compiler.disable  # kernels and Python between them: there is nothing to compile
 def _attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -294,6 +295,7 @@ def _attention(
     return output[..., :width], None
 
 
+@torch.compiler.disable
 def _own_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -50,6 +50,11 @@ class Feed:
             return self.lay_out([self._data[i] for i in self._plan.samples(index)])
         return [self._task.collate([self._data[i] for i in batch]) for batch in self._plan.micro_batches(index)]
 
+    def largest(self) -> Batch | PackedBatch:
+        """Give the micro-batch of the first epoch that has the most places, as far as lengths tell."""
+        candidates = [batch for index in self._plan.largest_steps() for batch in self.step(index)]
+        return max(candidates, key=lambda batch: batch.inputs()["input_ids"].numel())
+
     def evaluation(self, data: Dataset, batch_size: int) -> Iterator[Batch | PackedBatch]:
         """Give every sample once, in padded rows of so many sequences or in packs."""
         size = _EVALUATED_TOGETHER if self._isolation.packs else batch_size

@@ -55,7 +55,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What `run` works with. No weights are in it."""
+    """What `run` works with. No weights are in it.
+
+    `fitting_tokens` is how many tokens of a micro-batch should fit into memory.
+    """
 
     config: ResolvedConfig
     device: torch.device
@@ -70,6 +73,7 @@ class Preparation:
     train: Split
     valid: Split | None
     plan: StepPlan
+    fitting_tokens: float
     total_steps: int
     rows_to_prove: Sequence[Row]
     text_proof: Proof
@@ -153,7 +157,7 @@ def prepare_run(
         _check_vocabulary(encoder, facts, [train_rows] if valid_rows is None else [train_rows, valid_rows])
 
     device = find_device()
-    derived = _derive(config, facts, device, train_rows)
+    derived, memory = _derive(config, facts, device, train_rows)
     context_length = config.context_length or derived["context_length"].value
     train = Split(train_rows, train_rows.fit(context_length, config.overlong))
     valid = None if valid_rows is None else Split(valid_rows, valid_rows.fit(context_length, config.overlong))
@@ -207,6 +211,7 @@ def prepare_run(
         train=train,
         valid=valid,
         plan=plan,
+        fitting_tokens=derive.tokens_that_fit(memory),
         total_steps=total_steps,
         rows_to_prove=rows_to_prove,
         text_proof=text_proof,
@@ -417,8 +422,8 @@ def _check_vocabulary(encoder: Encoder, facts: ModelFacts, splits: Sequence[Prep
 
 def _derive(
     config: FineTuningConfig, facts: ModelFacts, device: torch.device, rows: PreparedData
-) -> dict[str, derive.Derived]:
-    """Give a value and a reason to every key that depends on data, model or hardware."""
+) -> tuple[dict[str, derive.Derived], derive.MemoryFacts]:
+    """Give a value and a reason to every key that depends on data, model or hardware; and what memory there is."""
     derived: dict[str, derive.Derived] = {}
     derived["context_length"] = derive.context_length(rows.statistics.max_tokens, facts.native_context_length)
     derived["dtype"] = derive.Derived(*best_dtype(device))
@@ -436,13 +441,17 @@ def _derive(
         gradient_checkpointing=config.gradient_checkpointing is True,
         on_cpu=device.type == "cpu",
     )
+    if config.gradient_checkpointing == "auto":
+        tokens = (config.train_batch_size_per_device or 1) * context_length
+        derived["gradient_checkpointing"] = derive.gradient_checkpointing(memory, tokens)
+        memory = replace(memory, gradient_checkpointing=derived["gradient_checkpointing"].value)
     derived["train_batch_size_per_device"] = derive.train_batch_size(memory, context_length)
     train_batch = config.train_batch_size_per_device or derived["train_batch_size_per_device"].value
     derived["eval_batch_size_per_device"] = derive.eval_batch_size(train_batch)
     derived["gradient_accumulation_steps"] = derive.gradient_accumulation_steps(
         train_batch, chosen_by_user=config.train_batch_size_per_device is not None
     )
-    return derived
+    return derived, memory
 
 
 def _has_assistant_turns(files: Sequence[str], layout: RowLayout) -> bool:

@@ -46,19 +46,21 @@ from llmforge.models.head import Head, find_head
 from llmforge.models.isolation import Isolation, isolate
 from llmforge.models.load import (
     build_skeleton,
+    compile_layers,
     count_parameters,
     enable_activation_checkpointing,
     load_base_model,
 )
 from llmforge.models.quirks import mend
 from llmforge.models.tokens import make_room, train_new_rows
-from llmforge.tasks import LanguageModeling
+from llmforge.tasks import Batch, LanguageModeling, PackedBatch
 from llmforge.train.backends import SingleDevice
 from llmforge.train.evaluation import Autocast, evaluate
 from llmforge.train.feed import Ahead, Feed
 from llmforge.train.loop import train
 from llmforge.train.optimization import build_optimizer, build_schedule
 from llmforge.train.prepare import Preparation
+from llmforge.train.rehearsal import is_needed, rehearse
 from llmforge.train.reporter import Reporter
 
 Interruptions = Callable[[], AbstractContextManager[Callable[[], bool]]]
@@ -155,7 +157,7 @@ def run(
         first_step = done[-1].step
     last_step, steps_per_epoch = preparation.total_steps, preparation.plan.steps_per_epoch
     if config.speed.torch_compile is not None:
-        model.compile(**config.speed.torch_compile)
+        compile_layers(model, config.speed.torch_compile)
     data = preparation.train.dataset
 
     statistics = preparation.train.prepared.statistics
@@ -217,13 +219,31 @@ def run(
         reporter.event("checkpoint", step=step, path=str(saved.path), best=best_checkpoint(existing).step == step)
         delete_superseded(existing, config.checkpoint.num_checkpoints_to_keep)
 
-    if config.checkpoint.eval_first and first_step == 0:
-        measure(0)
+    def evaluated() -> Batch | PackedBatch | None:
+        if preparation.valid is None:
+            return None
+        return next(feed.evaluation(preparation.valid.dataset, config.checkpoint.eval_batch_size_per_device))
+
     with (
         interruptions() as interrupted,
         _memory_in_words(preparation),
         Ahead(feed.step, last_step) as micro_batches,
     ):
+        largest = feed.largest()
+        if is_needed(preparation.device, largest.inputs()["input_ids"].numel(), preparation.fitting_tokens):
+            tried = rehearse(
+                model,
+                loss,
+                largest,
+                evaluated,
+                optimizer=optimizer,
+                backend=backend,
+                autocast=forward_context,
+                checkpoints=checkpoints,
+            )
+            reporter.note(tried)
+        if config.checkpoint.eval_first and first_step == 0:
+            measure(0)
         train(
             model,
             loss,
@@ -340,7 +360,9 @@ def _memory_in_words(preparation: Preparation) -> Iterator[None]:
     """Turn the device's out-of-memory error into what to change."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         config = preparation.config
         raise RunError(
             f"out of memory on {device_name(preparation.device)} with train_batch_size_per_device "
