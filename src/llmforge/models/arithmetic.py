@@ -8,7 +8,6 @@ import platform
 import time
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 # The library is changed only for a clear gain: a run that is resumed measures again, and has to choose alike.
@@ -16,7 +15,6 @@ WORTH = 1.3
 # How much larger its error may be. Another order of additions makes a factor of 2 or 3; bf16 makes 1000 and more.
 AS_EXACT = 8.0
 _PLACES, _FEATURES, _RANK = 512, 768, 8
-_HUGE = 2**21  # bytes of a huge page
 
 
 @dataclass(frozen=True)
@@ -67,29 +65,16 @@ def choose_matmul(device: torch.device) -> MatmulPath | None:
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's allocator to keep what is freed, in huge pages where the kernel has them; return whether it does.
+    """Tell glibc's allocator to keep large blocks that are freed; return whether there is one to tell.
 
-    It maps every large block anew and gives it back when it is freed, so each use costs a page fault per 4 kB. A step
-    frees and asks for the same blocks again and again: activations, logits, gradients. Huge pages (2 MB) spare most of
-    the address translation too. They are asked for where the heap will grow: a block that is never written takes no
-    memory, and its addresses stay the heap's when it is freed.
+    It maps blocks over 32 MB anew each time and gives them back when they are freed, so each use costs a page fault per
+    4 kB. A step frees and asks for the same blocks again and again: activations, logits, gradients.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
-    libc = ctypes.CDLL(None)
-    trim_threshold, mmap_max, advise_huge = -1, -4, 14  # M_TRIM_THRESHOLD, M_MMAP_MAX; MADV_HUGEPAGE
-    if not (libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, -1)):  # no maps; -1: never trim
-        return False
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.argtypes = [ctypes.c_void_p]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    size = psutil.virtual_memory().available // 2
-    block = libc.malloc(size)
-    if block:  # where addresses are limited, the heap grows in small pages
-        first = -(-block // _HUGE) * _HUGE
-        libc.madvise(first, (block + size - first) // _HUGE * _HUGE, advise_huge)
-        libc.free(block)
-    return True
+    mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    return bool(mallopt(mmap_threshold, 2**31 - 1) and mallopt(trim_threshold, -1))  # the largest int; never
 
 
 def _error(left: torch.Tensor, right: torch.Tensor) -> float:

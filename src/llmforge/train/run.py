@@ -132,8 +132,8 @@ def run(
     model, start = _load_model(preparation, reporter)
     backend = SingleDevice(preparation.device)
     model = backend.prepare(model)
-    if config.speed.torch_compile is None:  # which fuses by itself
-        fuse_lora(model)
+    fuse_lora(model)
+    if config.speed.torch_compile is None:  # which does the same for norms, and better
         fuse_norms(model)
     forward_context = autocast(preparation.device, config.speed.dtype)
     with forward_context():
