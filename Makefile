@@ -14,12 +14,14 @@ export LLMFORGE_TOKENIZERS ?= $(CURDIR)/$(CACHE)/tokenizers
 export LLMFORGE_REAL_MODEL ?= $(CURDIR)/$(MODEL)
 export LLMFORGE_CONVERTER ?= $(CURDIR)/$(CACHE)/llama-cpp
 
-.PHONY: help quickstart test sweep check lint types contracts install install-dev install-model install-tokenizers install-converter clean
+.PHONY: help quickstart test sweep bench bench-gpu check lint types contracts install install-dev install-model install-tokenizers install-converter clean
 
 help:
 	@echo "make quickstart   fine-tune a real 135M model on the CPU and talk with it (some minutes)"
 	@echo "make test         run the tests"
 	@echo "make sweep        try every architecture of transformers, and write docs/models.md (some minutes)"
+	@echo "make bench        train the same rows with llmforge and with other programs (hours; see docs/benchmarks.md)"
+	@echo "make bench-gpu    the same on one CUDA GPU"
 	@echo "make check        lint, types, import contracts and tests"
 	@echo "make install-dev  virtual environment with everything for development"
 
@@ -31,6 +33,12 @@ test: install-dev $(MODEL) install-tokenizers install-converter
 
 sweep: install-dev
 	PYTHONPATH=tests $(RUN) -m sweep
+
+bench: install-dev $(MODEL)
+	$(RUN) benchmarks/bench.py $(BENCH)
+
+bench-gpu: install-dev $(MODEL)
+	$(RUN) benchmarks/bench.py --gpu $(BENCH)
 
 check: lint types contracts test
 

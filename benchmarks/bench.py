@@ -150,7 +150,9 @@ def _cases(options: argparse.Namespace) -> Iterator[Case]:
         if workload.name not in options.workloads:
             continue
         if options.quick:
-            workload = dataclasses.replace(workload, rows=QUICK_STEPS * workload.examples_per_step)
+            # At least one step of the quick starts, of which the largest takes 32 rows.
+            rows = max(QUICK_STEPS * workload.examples_per_step, 32 if workload.name == "chat" else 0)
+            workload = dataclasses.replace(workload, rows=rows)
         for mode, method in [("tuned", method) for method in options.methods] + [("quickstart", "lora")]:
             if mode not in options.modes or (mode == "quickstart" and workload.name not in ("chat", "guard")):
                 continue

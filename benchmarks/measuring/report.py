@@ -98,8 +98,8 @@ def _table(results: dict[str, Any], cells: Sequence[dict[str, Any]], mode: str, 
     limit = "MFU" if gpu else "of limit"
     memory = "GPU GiB" if gpu else "peak GiB"
     yield (
-        f"| program | steady tokens/s | {limit} | first step s | wall s | {memory} | filled | steps | "
-        "loss: first, last | tokens | trained |"
+        f"| program | steady tokens/s | {limit} | first step s | wall s | {memory} | filled | steps "
+        "| first and last loss | tokens | trained |"
     )
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     fastest = max((cell.get("tokens_per_second") or 0 for cell in cells), default=0)

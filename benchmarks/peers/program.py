@@ -143,6 +143,24 @@ class Program:
         return ""
 
 
+def run_once(python: Path, script: Path, source: Path, target: Path) -> None:
+    """Convert a model for a program, unless it has been done; this is not part of what is measured.
+
+    Raises:
+        NotPossibleError: the script failed.
+    """
+    done = target / "done"
+    if done.is_file():
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    result = subprocess.run(
+        [python, script, source, target], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""}
+    )
+    if result.returncode:
+        raise NotPossibleError(f"its copy of the model cannot be made: {last_error(result.stderr)}")
+    done.touch()
+
+
 def last_error(log: str) -> str:
     """Find the line of a log that says why a program failed."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
