@@ -188,3 +188,12 @@ def test_names_files_and_merging_stay(tmp_path):
 def build_like(model: Any) -> Any:
     """Give the base model of `adapted`, without its adapter."""
     return copy.deepcopy(model).unload()
+
+
+def test_models_may_change_the_output_in_place():
+    _, model, _ = pair()
+    layer = next(module for module in model.modules() if isinstance(module, FusedLinear))
+    x = torch.randn(2, 3, layer.in_features, dtype=layer.base_layer.weight.dtype, requires_grad=True)
+    layer(x).mul_(2).sum().backward()
+    (expected,) = torch.autograd.grad((layer(x) * 2).sum(), [x])
+    torch.testing.assert_close(x.grad, expected)

@@ -104,3 +104,28 @@ def test_bf16_is_as_exact():
     theirs, ours = results(norm, x, norm.weight, dy), results(fused, x, fused.weight, dy)
     assert (ours - exact).norm() < 1.1 * (theirs - exact).norm()
     assert fused(x.float()).dtype == norm(x.float()).dtype  # formats that differ are the module's to know
+
+
+class Gated(torch.nn.Module):
+    """A norm that may be given a gate, as Mamba 2 has it, and holds a buffer or not."""
+
+    def __init__(self, *, buffer: bool = False) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(16) + 0.5)
+        self.eps = 1e-6
+        if buffer:
+            self.register_buffer("table", torch.ones(3))
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        if gate is not None:
+            x = x * torch.nn.functional.silu(gate)
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+
+
+def test_with_a_gate_the_module_computes_itself():
+    model = torch.nn.ModuleDict({"norm": Gated(), "other": Gated(buffer=True)})
+    x, gate = torch.randn(3, 16), torch.randn(3, 16)
+    expected, gated = model["norm"](x), model["norm"](x, gate)
+    assert fuse_norms(model) == 1  # a buffer could be used for anything
+    torch.testing.assert_close(model["norm"](x), expected)
+    torch.testing.assert_close(model["norm"](x, gate), gated, rtol=0, atol=0)

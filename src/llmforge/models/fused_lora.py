@@ -68,12 +68,17 @@ class _LoraLinear(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> torch.Tensor:
         x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
-        y_NO = x_NI @ weight_OI.t() if bias_O is None else torch.addmm(bias_O.to(dtype), x_NI, weight_OI.t())
+        y = x_NI.new_empty(*x.shape[:-1], len(weight_OI))  # no view of something: models may change it in place
+        y_NO = y.view(-1, len(weight_OI))
+        if bias_O is None:
+            torch.mm(x_NI, weight_OI.t(), out=y_NO)
+        else:
+            torch.addmm(bias_O.to(dtype), x_NI, weight_OI.t(), out=y_NO)
         h_NR = x_NI @ (a_RI * scaling).to(dtype).t()
         y_NO.addmm_(h_NR, b_OR.to(dtype).t())
         ctx.save_for_backward(x_NI, weight_OI, a_RI, b_OR, h_NR)
         ctx.shape, ctx.dtype, ctx.scaling = x.shape, x.dtype, scaling
-        return y_NO.view(*x.shape[:-1], -1)
+        return y
 
     @staticmethod
     @once_differentiable

@@ -25,9 +25,10 @@ def fuse_norms(model: torch.nn.Module) -> int:
 class _FusedNorm(torch.nn.Module):
     fused_eps: float
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype != self.weight.dtype or x.dtype == torch.float64:  # modules compute in fp32, from float64 too
-            return super().forward(x)
+    def forward(self, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        # Some norms are given a gate too; and modules compute in fp32, from float64 as well.
+        if arguments or options or x.dtype != self.weight.dtype or x.dtype == torch.float64:
+            return super().forward(x, *arguments, **options)
         return _RmsNorm.apply(x, self.weight, self.fused_eps)
 
 
@@ -64,9 +65,9 @@ def _epsilon(module: torch.nn.Module) -> float | None:
     """
     weight = getattr(module, "weight", None)
     if (
-        list(module.parameters(recurse=False)) != [weight]
+        [id(parameter) for parameter in module.parameters(recurse=False)] != [id(weight)]
         or any(module.children())
-        or any(module.buffers())
+        or next(module.buffers(), None) is not None
         or not isinstance(weight, torch.Tensor)
         or weight.ndim != 1
         or weight.device.type != "cpu"

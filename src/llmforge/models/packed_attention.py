@@ -537,7 +537,8 @@ class _Rectangles(torch.autograd.Function):
         kernel: Kernel,
     ) -> torch.Tensor:
         _, heads, tokens, width = query.shape
-        output = query.new_empty(1, tokens, heads, width).transpose(1, 2)
+        stored = query.new_empty(1, tokens, heads, width)
+        output = stored.transpose(1, 2)
         wide = torch.promote_types(query.dtype, torch.float32)
         log_sum_exp = query.new_empty(1, heads, tokens, dtype=wide)
         for part in rectangles:
@@ -554,13 +555,14 @@ class _Rectangles(torch.autograd.Function):
             merged = output[:, :, place] * (before - both).exp()[..., None] + out * (lse - both).exp()[..., None]
             output[:, :, place] = merged.to(output.dtype)
             log_sum_exp[:, :, place] = both
-        ctx.save_for_backward(query, key, value, output, log_sum_exp)
+        ctx.save_for_backward(query, key, value, stored, log_sum_exp)
         ctx.rectangles, ctx.scale, ctx.kernel = rectangles, scale, kernel
-        return output.transpose(1, 2)
+        return stored
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        query, key, value, output, log_sum_exp = ctx.saved_tensors
+        query, key, value, stored, log_sum_exp = ctx.saved_tensors
+        output = stored.transpose(1, 2)
         grad = gradients[0].transpose(1, 2)
         # Stored as the projections want them, tokens before heads.
         dq, dk, dv = (torch.empty_like(t.transpose(1, 2)).transpose(1, 2) for t in (query, key, value))
