@@ -67,6 +67,7 @@ def isolate(model: Any, head: Head | None, autocast: Callable[[], AbstractContex
             plain, nested = (_Probe(model, base, head, rows, device) for rows in (_rows(), _nested_rows()))
             base.set_attn_implementation(ours)
             if _implementation(base) != ours:
+                base.set_attn_implementation(before)
                 return Isolation(False, False, "its attention cannot be exchanged")
             if problem := plain.problem(share=False):
                 base.set_attn_implementation(before)
