@@ -1,8 +1,10 @@
 """Training: the same steps however they are cut, the same losses as ever, and a model that learns."""
 
+import gc
 import json
 import math
 import shutil
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from llmforge.models.isolation import isolate
 from llmforge.models.load import enable_activation_checkpointing
 from llmforge.tasks import InstructionTuning
 from llmforge.train import rehearsal
+from llmforge.train import run as run_module
 from llmforge.train.backends import SingleDevice
 from llmforge.train.loop import train
 from llmforge.train.optimization import build_optimizer, build_schedule
@@ -176,6 +179,30 @@ def test_too_little_memory_shows_before_the_first_step_and_names_what_to_change(
         run_here(data_dir, model_dir)
     events = read_events(data_dir / "runs" / "run" / "events.jsonl")
     assert [event["event"] for event in events if event["event"] != "note"] == ["started", "failed"]
+
+
+def test_the_trained_model_is_gone_when_the_proof_loads_the_artifact(
+    data_dir: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[Any] = []
+    alive: list[bool] = []
+    isolate_, prove_ = run_module.isolate, run_module._prove
+
+    def remember(model: Any, *arguments: Any) -> Any:
+        models.append(weakref.ref(model))
+        return isolate_(model, *arguments)
+
+    def look(*arguments: Any) -> Any:
+        gc.collect()
+        alive.append(models[0]() is not None)
+        return prove_(*arguments)
+
+    monkeypatch.setattr(run_module, "isolate", remember)
+    monkeypatch.setattr(run_module, "_prove", look)
+    for lora in (None, LORA):
+        models.clear()
+        run_here(data_dir, model_dir, custom_model_tag=f"run{lora is None}", lora_config=lora)
+    assert alive == [False, False]
 
 
 def test_a_model_that_cannot_be_packed_is_padded_and_says_so(data_dir: Path, model_dir: Path) -> None:

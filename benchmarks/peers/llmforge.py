@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Any
 
 from measuring.work import Case
-from peers.program import Command, Program, write_json
+from peers.program import CACHE, Command, Program, write_json
 
 # The same as the chat template of the model, so that the ids are the same.
 CHATML = {
@@ -48,7 +48,9 @@ class Llmforge(Program):
             if case.method == "lora":
                 config["lora_config"] = {"r": case.rank, "lora_alpha": 2 * case.rank, "lora_dropout": 0.0}
         write_json(case.directory / "config.yaml", config)  # JSON is YAML
-        return Command(arguments, {"XDG_CACHE_HOME": str(case.directory / "cache")})
+        # Rows are prepared anew each time. Go's compiler, where it is installed, keeps its standard library compiled.
+        environment = {"XDG_CACHE_HOME": str(case.directory / "cache"), "GOCACHE": str(CACHE / "go-build")}
+        return Command(arguments, environment)
 
     def steps(self, case: Case) -> list[dict[str, Any]] | None:
         """Read the run's events: where rows share a prefix, the embedding sees fewer tokens than the rows have."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.functional import log_softmax
 
-from llmforge.models.load import quiet
+from llmforge.models.load import quiet, takes_logits_to_keep
 
 PLACES = 48  # looked at per probe, the last ones: with a large vocabulary each costs a megabyte
 Autocast = Callable[[], AbstractContextManager]
@@ -86,10 +86,11 @@ def measure(model: Any, probes: Sequence[Sequence[int]], *, device: torch.device
     model.eval()
     tokens = [list(probe) for probe in probes]
     logits = []
+    kept = {"logits_to_keep": PLACES + 1} if takes_logits_to_keep(model) else {}
     try:
         for probe in tokens:
             with quiet(), autocast():
-                output = model(input_ids=torch.tensor([probe], device=device), use_cache=False)
+                output = model(input_ids=torch.tensor([probe], device=device), use_cache=False, **kept)
             logits.append(output.logits[0, :-1][-PLACES:].float().cpu())  # the last predicts what nobody wrote
     finally:
         model.train(was_training)

@@ -77,6 +77,12 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_threshold, 2**31 - 1) and mallopt(trim_threshold, -1))  # the largest int; never
 
 
+def give_back_memory() -> None:
+    """Give what `keep_freed_memory` kept back to the system: what comes next asks for other blocks."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _error(left: torch.Tensor, right: torch.Tensor) -> float:
     exact = left.double() @ right.double()
     return float(((left @ right).double() - exact).norm() / exact.norm())

@@ -1,5 +1,6 @@
 """Loads tokenizers, configs and base models through transformers, and prepares a model for training on one device."""
 
+import inspect
 import json
 import logging
 import warnings
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import peft
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -241,6 +243,12 @@ def build_skeleton(source: ModelSource, *, trust_remote_code: bool = False) -> A
     config = _read_config(source, trust_remote_code)
     with quiet(), torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def takes_logits_to_keep(model: Any) -> bool:
+    """Say whether a model's forward can compute the logits of the last positions only."""
+    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
 def enable_activation_checkpointing(model: Any) -> str | None:

@@ -37,7 +37,7 @@ from llmforge.models.adapter import (
     load_adapter,
     starting_point,
 )
-from llmforge.models.arithmetic import choose_matmul, keep_freed_memory
+from llmforge.models.arithmetic import choose_matmul, give_back_memory, keep_freed_memory
 from llmforge.models.causality import check_causal
 from llmforge.models.device import DTYPES, autocast, device_name
 from llmforge.models.fused_lora import fuse_lora
@@ -269,6 +269,7 @@ def run(
             interrupted=interrupted,
         )
 
+    give_back_memory()
     best = best_checkpoint(list_checkpoints(checkpoints))
     if best.step != last_step:
         load_checkpoint(best, model=model, optimizer=None)
@@ -292,8 +293,8 @@ def run(
     result: Result | None = None
 
     def finish(directory: Path) -> None:
-        nonlocal model, optimizer, result
-        del model, optimizer  # the proof loads the artifact, and two models may not fit
+        nonlocal model, optimizer, loss, head, result
+        del model, optimizer, loss, head  # the proof loads the artifact, and two models may not fit
         began = time.perf_counter()
         proof = _prove(preparation, directory, recording, task)
         trained = training_record(directory, recording, task=task, dtype=config.speed.dtype, stop=preparation.stop)
