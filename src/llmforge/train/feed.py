@@ -17,7 +17,7 @@ MicroBatches = Sequence[Batch | PackedBatch]
 # Tokens of a pack: on a CPU more make nothing faster and keep more activations; on a GPU as many as fit.
 _CPU_PACK = 1024
 # Row lengths are rounded up to multiples of this, since kernels are made for each new one.
-_FILL_TO = {"cpu": 64, "cuda": 8}
+_FILL_TO = {"cpu": 32, "cuda": 8}
 _EVALUATED_TOGETHER = 256  # samples of an evaluation that may come into one pack
 
 
