@@ -53,6 +53,7 @@ class Places:
 
     index_RL: torch.Tensor
     real: torch.Tensor  # flat positions of the places that are no pads
+    pads: torch.Tensor  # and of those that are
 
 
 class Rectangle(NamedTuple):
@@ -74,22 +75,23 @@ class Rectangle(NamedTuple):
 
 
 def _take(tensor: torch.Tensor, places: slice | Places) -> torch.Tensor:
-    """Give the tokens of a part, (R, heads, L, D), of a tensor (1, heads, N, D)."""
+    """Give the tokens of a part, (R, heads, L, D), of a tensor (1, heads, N, D).
+
+    Tokens are gathered with all their heads: stored as projections give them, these lie side by side.
+    """
     if isinstance(places, slice):
         return tensor[:, :, places]
-    return tensor[0][:, places.index_RL].transpose(0, 1)
+    rows = tensor[0].transpose(0, 1).index_select(0, places.index_RL.flatten())
+    return rows.unflatten(0, places.index_RL.shape).transpose(1, 2)
 
 
-def _real(part: torch.Tensor, places: slice | Places) -> torch.Tensor:
-    """Give what is to be written of a part, (1, heads, tokens, ...), without its pads."""
+def _put(whole: torch.Tensor, places: slice | Places, part: torch.Tensor) -> None:
+    """Write a part, (R, heads, L, ...), where its tokens are in a tensor (1, heads, N, ...), without its pads."""
     if isinstance(places, slice):
-        return part
-    return part.transpose(0, 1).flatten(1, 2)[:, places.real][None]
-
-
-def _where(places: slice | Places) -> slice | torch.Tensor:
-    """Say where in the row `_real` belongs."""
-    return places if isinstance(places, slice) else places.index_RL.flatten()[places.real]
+        whole[:, :, places] = part
+        return
+    rows = part.transpose(1, 2).flatten(0, 1).index_select(0, places.real)
+    whole[0].transpose(0, 1).index_copy_(0, places.index_RL.flatten()[places.real], rows)
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,13 @@ class PackMask:
                 self._rectangles.extend(self._bounded())
         return self._rectangles
 
+    @property
+    def all_short(self) -> bool:
+        """Whether there is nothing but short triangles, in which everything before is seen."""
+        layout = self.layout
+        runs = zip(layout.starts, layout.ends, layout.stops, strict=True)
+        return self.sees is None and all(end - start <= _SHORT and stop == end for start, end, stop in runs)
+
     def _masked(self, sees: MaskFunction) -> Iterator[Rectangle]:
         """Give every rectangle its mask, by the positions within samples."""
         layout = self.layout
@@ -209,7 +218,8 @@ def _put_together(runs: Sequence[slice]) -> Rectangle:
     offsets = torch.arange(int(lengths.max()))
     is_real = offsets < lengths[:, None]
     index_RL = starts[:, None] + torch.minimum(offsets, lengths[:, None] - 1)
-    places = Places(index_RL, is_real.flatten().nonzero().squeeze(1))
+    real, pads = (of.flatten().nonzero().squeeze(1) for of in (is_real, ~is_real))
+    places = Places(index_RL, real, pads)
     mask = (offsets[:, None] >= offsets) & is_real[:, :, None] & is_real[:, None, :]
     return Rectangle(places, places, True, mask[:, None])
 
@@ -290,6 +300,8 @@ def _attention(
     kernel = None if dropout or query.shape[-1] != value.shape[-1] else _kernel(query, attention_mask)
     if kernel is None:
         output = _by_node(query, key, value, attention_mask, dropout, scale)
+    elif kernel is CPU and attention_mask.all_short:
+        output = _ShortTriangles.apply(query, key, value, attention_mask.rectangles(), scale)
     else:
         output = _Rectangles.apply(query, key, value, attention_mask.rectangles(), scale, kernel)
     return output[..., :width], None
@@ -544,17 +556,15 @@ class _Rectangles(torch.autograd.Function):
         for part in rectangles:
             q, k, v = _take(query, part.queries), _take(key, part.keys), _take(value, part.keys)
             out, lse = kernel.forward(q, k, v, part, scale)
-            place = _where(part.queries)
-            out, lse = _real(out, part.queries), _real(lse, part.queries)
             if part.is_triangle:
-                output[:, :, place] = out
-                log_sum_exp[:, :, place] = lse
+                _put(output, part.queries, out)
+                _put(log_sum_exp, part.queries, lse)
                 continue
-            before = log_sum_exp[:, :, place]
+            before = log_sum_exp[:, :, part.queries]
             both = torch.logaddexp(before, lse)
-            merged = output[:, :, place] * (before - both).exp()[..., None] + out * (lse - both).exp()[..., None]
-            output[:, :, place] = merged.to(output.dtype)
-            log_sum_exp[:, :, place] = both
+            merged = output[:, :, part.queries] * (before - both).exp()[..., None] + out * (lse - both).exp()[..., None]
+            output[:, :, part.queries] = merged.to(output.dtype)
+            log_sum_exp[:, :, part.queries] = both
         ctx.save_for_backward(query, key, value, stored, log_sum_exp)
         ctx.rectangles, ctx.scale, ctx.kernel = rectangles, scale, kernel
         return stored
@@ -579,10 +589,64 @@ class _Rectangles(torch.autograd.Function):
             )
             for whole, places, share in zip((dq, dk, dv), (part.queries, part.keys, part.keys), shares, strict=True):
                 if part.is_triangle:  # the triangles come first and cover every token
-                    whole[:, :, _where(places)] = _real(share, places)
+                    _put(whole, places, share)
                 else:
-                    whole[:, :, _where(places)] += share
+                    whole[:, :, places] += share
         return dq, dk, dv, None, None, None
+
+
+class _ShortTriangles(torch.autograd.Function):
+    """Attention where every run is short: nothing is put together, and the probabilities are few enough to be kept.
+
+    A pad lies behind its run's tokens, so these do not see it; what it sees itself is not used.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        triangles: Sequence[Rectangle],
+        scale: float,
+    ) -> torch.Tensor:
+        _, heads, tokens, width = query.shape
+        stored = query.new_empty(1, tokens, heads, width)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        kept: list[torch.Tensor] = []
+        for part in triangles:
+            q = _take(query, part.queries)
+            runs, _, length, _ = q.shape
+            k, v = (_take(t, part.keys).flatten(0, 1) for t in (key, value))
+            q = (q * scale).reshape(len(k), -1, width)  # the query heads of one key-value head are rows of one product
+            scores = torch.bmm(q, k.mT).view(len(k), -1, length, length)
+            scores.masked_fill_(torch.ones(length, length, dtype=torch.bool).triu_(1), -torch.inf)
+            probabilities = torch.softmax(scores, -1, dtype=wide).to(q.dtype).view(len(k), -1, length)
+            out = torch.bmm(probabilities, v)
+            _put(stored.transpose(1, 2), part.queries, out.view(runs, heads, length, width))
+            kept += [q, k, v, probabilities, out]
+        ctx.save_for_backward(*kept)
+        ctx.triangles, ctx.scale = triangles, scale
+        ctx.shapes = [t.transpose(1, 2).shape for t in (query, key, value)]
+        return stored
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        grad = gradients[0].transpose(1, 2)
+        dq, dk, dv = (grad.new_empty(shape).transpose(1, 2) for shape in ctx.shapes)
+        kept = iter(ctx.saved_tensors)
+        for part, (q, k, v, probabilities, out) in zip(ctx.triangles, zip(*[kept] * 5, strict=True), strict=True):
+            part_grad = _take(grad, part.queries)
+            runs, heads, length, width = part_grad.shape
+            if isinstance(part.queries, Places):
+                part_grad.transpose(1, 2).flatten(0, 1).index_fill_(0, part.queries.pads, 0.0)
+            part_grad = part_grad.reshape(len(k), -1, width)
+            d_scores = torch.bmm(part_grad, v.mT).sub_((part_grad * out).sum(-1, keepdim=True)).mul_(probabilities)
+            share = torch.bmm(d_scores, k).mul_(ctx.scale)
+            _put(dq, part.queries, share.view(runs, heads, length, width))
+            for whole, share in ((dk, torch.bmm(d_scores.mT, q)), (dv, torch.bmm(probabilities.mT, part_grad))):
+                _put(whole, part.keys, share.view(runs, -1, length, width))
+        return dq, dk, dv, None, None
 
 
 AttentionInterface.register(NAME, _attention)
