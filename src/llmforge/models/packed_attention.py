@@ -560,6 +560,7 @@ class _Rectangles(torch.autograd.Function):
                 _put(output, part.queries, out)
                 _put(log_sum_exp, part.queries, lse)
                 continue
+            assert isinstance(part.queries, slice)
             before = log_sum_exp[:, :, part.queries]
             both = torch.logaddexp(before, lse)
             merged = output[:, :, part.queries] * (before - both).exp()[..., None] + out * (lse - both).exp()[..., None]
