@@ -1,9 +1,11 @@
 """Measures how fast, and in how much memory, rows are checked and tokenised: first run, second run, killed run.
 
     python benchmarks/prepare_rows.py --rows 1000000
+    python benchmarks/prepare_rows.py --rows 1000000 --ray
 
-The rows are chats of 100 to 600 characters, made from a seed. Without --tokenizer (a directory), a byte-level BPE
-tokenizer of 32,000 tokens is trained on a sample of them.
+The rows are chats of 100 to 600 characters (with --short, of 30 to 130), made from a seed. With --ray they are encoded
+by Ray Data on a cluster of this machine alone, with a CPU for each worker. Without --tokenizer (a directory), a
+byte-level BPE tokenizer of 32,000 tokens is trained on a sample of them.
 """
 
 import argparse
@@ -13,6 +15,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,7 @@ import psutil
 
 from llmforge.data import RowLayout
 from llmforge.data.dataset import PreparedData
+from llmforge.data.executors import Executor, encode_here
 from llmforge.data.prepare import prepare
 from llmforge.prompt import Encoder, PromptFormat
 from llmforge.prompt.rows import RowEncoder
@@ -33,8 +38,11 @@ CHATML = PromptFormat(
 ROWS_PER_WRITE = 10_000
 
 
-def write_rows(path: Path, count: int) -> None:
-    """Write `count` chats: words of a Zipf-like vocabulary, a question of 5-40 words and an answer of 10-60."""
+def write_rows(path: Path, count: int, short: bool = False) -> None:
+    """Write `count` chats: words of a Zipf-like vocabulary, a question of 5-40 words and an answer of 10-60.
+
+    Short ones have 3-12 and 3-12.
+    """
     random = np.random.default_rng(0)
     letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
     weights = np.linspace(3, 0.2, len(letters))
@@ -44,11 +52,12 @@ def write_rows(path: Path, count: int) -> None:
     with open(path, "w") as file:
         for start in range(0, count, ROWS_PER_WRITE):
             rows = min(ROWS_PER_WRITE, count - start)
-            lengths = np.stack([random.integers(5, 41, rows), random.integers(10, 61, rows)], axis=1)
+            question, answer = ((3, 13), (3, 13)) if short else ((5, 41), (10, 61))
+            lengths = np.stack([random.integers(*question, rows), random.integers(*answer, rows)], axis=1)
             drawn = iter((len(words) * random.random(int(lengths.sum())) ** 3).astype(int).tolist())
-            for question, answer in lengths.tolist():
-                user = " ".join(words[next(drawn)] for _ in range(question)) + "?"
-                assistant = " ".join(words[next(drawn)] for _ in range(answer)) + "."
+            for words_asked, words_answered in lengths.tolist():
+                user = " ".join(words[next(drawn)] for _ in range(words_asked)) + "?"
+                assistant = " ".join(words[next(drawn)] for _ in range(words_answered)) + "."
                 messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
                 file.write(json.dumps({"messages": messages}) + "\n")
 
@@ -72,7 +81,7 @@ def save_tokenizer(directory: Path, rows: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>").save_pretrained(directory)
 
 
-def prepared(rows: Path, tokenizer: Path, cache: Path, workers: int | None) -> PreparedData:
+def prepared(rows: Path, tokenizer: Path, cache: Path, workers: int | None, on_ray: bool) -> PreparedData:
     """Prepare the rows as a run does."""
     from transformers import AutoTokenizer
 
@@ -84,7 +93,30 @@ def prepared(rows: Path, tokenizer: Path, cache: Path, workers: int | None) -> P
         fingerprint=encode.fingerprint(),
         cache_dir=cache,
         workers=workers,
+        executor=ray_executor() if on_ray else encode_here,
     )
+
+
+def ray_executor() -> Executor:
+    """Return the executor of the cluster that this process is connected to."""
+    from llmforge.jobs.ray_rows import encode_on_cluster
+
+    return encode_on_cluster
+
+
+@contextmanager
+def cluster(wanted: bool, workers: int | None) -> Iterator[None]:
+    """Start a Ray cluster in this process, if it is wanted."""
+    if not wanted:
+        yield
+        return
+    import ray
+
+    ray.init("local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 class PeakMemory:
@@ -133,17 +165,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=None)
+    parser.add_argument("--ray", action="store_true", help="encode by Ray Data")
+    parser.add_argument("--short", action="store_true", help="short rows")
+    parser.add_argument("--no-kill", action="store_true", help="leave out the run that is killed half-way")
     parser.add_argument("--tokenizer", type=Path, default=None)
     parser.add_argument("--only", type=Path, nargs=2, metavar=("ROWS", "CACHE"), help="prepare these and end")
     options = parser.parse_args()
     if options.only:
-        prepared(options.only[0], options.tokenizer, options.only[1], options.workers)
+        with cluster(options.ray, options.workers):
+            prepared(options.only[0], options.tokenizer, options.only[1], options.workers, options.ray)
         return
 
-    with tempfile.TemporaryDirectory() as temporary:
+    with cluster(options.ray, options.workers), tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         rows = directory / "rows.jsonl"
-        write_rows(rows, options.rows)
+        write_rows(rows, options.rows, options.short)
         tokenizer = options.tokenizer or directory / "tokenizer"
         if options.tokenizer is None:
             save_tokenizer(tokenizer, rows)
@@ -152,7 +188,7 @@ def main() -> None:
         before = psutil.Process().memory_info().rss
         started = time.perf_counter()
         with PeakMemory() as peak:
-            data = prepared(rows, tokenizer, directory / "cache", options.workers)
+            data = prepared(rows, tokenizer, directory / "cache", options.workers, options.ray)
         seconds = time.perf_counter() - started
         tokens = data.statistics.tokens
         shards = list((directory / "cache").glob("*.arrow"))
@@ -164,7 +200,7 @@ def main() -> None:
         print(f"  {len(shards)} shards, {sum(shard.stat().st_size for shard in shards) / 1e6:,.0f} MB", flush=True)
 
         started = time.perf_counter()
-        data = prepared(rows, tokenizer, directory / "cache", options.workers)
+        data = prepared(rows, tokenizer, directory / "cache", options.workers, options.ray)
         print(f"second run: {time.perf_counter() - started:.1f} s, {len(data.shards)} shards used")
 
         started = time.perf_counter()
@@ -180,12 +216,15 @@ def main() -> None:
         print(f"random access: {(time.perf_counter() - started) / len(order) * 1e6:.0f} µs per sample")
 
         again = directory / "killed"
+        if options.no_kill:
+            return
         arguments = ["--tokenizer", str(tokenizer), "--only", str(rows), str(again)]
         arguments += [] if options.workers is None else ["--workers", str(options.workers)]
+        arguments += ["--ray"] * options.ray
         finished = kill_half_way(arguments, again, len(shards))
         times = {shard: shard.stat().st_mtime_ns for shard in again.glob("*.arrow")}
         started = time.perf_counter()
-        data = prepared(rows, tokenizer, again, options.workers)
+        data = prepared(rows, tokenizer, again, options.workers, options.ray)
         redone = sum(shard.stat().st_mtime_ns != times[shard] for shard in times)
         seconds = time.perf_counter() - started
         print(

@@ -26,10 +26,9 @@ and the nearest valid name; see them all at once with `llmforge validate --confi
 * Relative paths are looked for beside the config file first, then in the working directory.
 * `llmforge schema` prints the JSON Schema, with which editors complete and check the file.
 
-Not in this version, and refused in plain words by `finetune` (`validate --config-only` accepts them): several devices
-and Ray (`num_devices` above 1, `worker_resources`, `trainer_resources`, `parallel`, `deepspeed`), the tasks
-`classification`, `preference_tuning` and `vision_language`, `quantization`, `liger_kernel`, buckets
-for weights and output, and a `context_length` above the model's own.
+Not in this version, and refused in plain words by `finetune` (`validate --config-only` accepts them): the tasks
+`classification`, `preference_tuning` and `vision_language`, `quantization`, and a `context_length` above the model's
+own.
 
 This page is written by `python docs/make_configuration.py` from the schema.
 """

@@ -1,8 +1,12 @@
 """Tiny tokenizers and models, made here: the tests need no network, no hub and no GPU."""
 
+import contextlib
 import json
 import os
 import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -287,3 +291,30 @@ def prompt_format(request):
     from llmforge.prompt import PromptFormat
 
     return PromptFormat(**PROMPT_FORMATS[request.param])
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory):
+    """A Ray cluster of four CPUs: its `address`, and the URL of its `dashboard`. All tests of Ray share it.
+
+    Its machines know `python` as this Python, with the tests on its path.
+    """
+    in_worker = "PYTEST_XDIST_WORKER" in os.environ
+    directory = tmp_path_factory.getbasetemp().parent if in_worker else tmp_path_factory.getbasetemp()
+    session = os.getppid() if in_worker else os.getpid()  # all of it shares the cluster
+    file = directory / "ray.json"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTEST_"))}
+    environment |= {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    program = [sys.executable, str(Path(__file__).with_name("ray_cluster.py")), str(file), str(session)]
+    with contextlib.suppress(FileExistsError), open(directory / "ray.log", "x") as log:  # the first worker starts it
+        subprocess.Popen(program, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=directory)
+    deadline = time.monotonic() + 120
+    while not file.exists():
+        assert time.monotonic() < deadline, (directory / "ray.log").read_text()
+        time.sleep(0.1)
+    return json.loads(file.read_text())

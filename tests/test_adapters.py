@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from conftest import build_model, conversation_rows, save_model, write_jsonl
-from llmforge.checkpoint import list_checkpoints, load_checkpoint
+from llmforge.checkpoint import list_checkpoints, load_parameters
 from llmforge.config import load_config
 from llmforge.errors import ModelError
 from llmforge.jobs.finetune import finetune
@@ -77,7 +77,7 @@ def trained_model(run: Run, model_dir: Path) -> Any:
     options = config.lora_config.model_dump(mode="json", exclude_unset=True)
     torch.manual_seed(config.seed)
     model = add_lora(load_base_model(ModelSource("", model_dir), dtype=torch.float32), options)
-    load_checkpoint(list_checkpoints(run.run_dir / "checkpoints")[-1], model=model, optimizer=None)
+    load_parameters(list_checkpoints(run.run_dir / "checkpoints")[-1], model)
     return model
 
 

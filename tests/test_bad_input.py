@@ -163,7 +163,7 @@ def test_a_config_that_cannot_be_read(tmp_path: Path) -> None:
             "generation_config.prompt_format.user",
             ("{system}", "system_in_user: false"),
         ),
-        ({"num_devices": 4}, "num_devices", ("given 4", "one device")),
+        ({"fsdp_cpu_offload": True}, "fsdp_cpu_offload", ("parallel: auto", "parallel: fsdp2")),
         ({"quantization": "4bit"}, "quantization", ("given 4bit", "quantization: none")),
     ],
 )

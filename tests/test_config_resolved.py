@@ -179,17 +179,11 @@ def test_any_text_survives_the_round_trip(
 @pytest.mark.parametrize(
     ("text", "key"),
     [
-        ("num_devices: 2", "num_devices"),
-        ("worker_resources: {a: 1}", "worker_resources"),
-        ("trainer_resources: {memory: 1}", "trainer_resources"),
-        ("deepspeed: {config_path: a}", "deepspeed"),
-        ("parallel: ddp", "parallel"),
         ("quantization: 4bit\nlora_config: {}", "quantization"),
         ("task: vision_language", "task"),
         ("classifier_config: {label_tokens: [a, b]}", "classifier_config"),
         ("preference_tuning_config: {}", "preference_tuning_config"),
         ("vision_language_config: {}", "vision_language_config"),
-        ("liger_kernel: {enabled: true}", "liger_kernel"),
         ("output_dir: s3://bucket/runs", "output_dir"),
         ("lora_config: {init_lora_weights: eva}", "lora_config.init_lora_weights"),
         ("lora_config: {megatron_core: a}", "lora_config.megatron_core"),
@@ -210,6 +204,8 @@ def test_what_this_version_cannot_do_is_refused(tmp_path: Path, text: str, key: 
     "text",
     [
         "packing: auto\nnum_devices: 1\nparallel: auto\nquantization: none\nworker_resources: {}",
+        "num_devices: 2\nparallel: fsdp2\nfsdp_cpu_offload: true\nworker_resources: {a: 1}",
+        "num_devices: 2\ndeepspeed: {config_path: a}\ntrainer_resources: {memory: 1}\nliger_kernel: {enabled: true}",
         "flash_attention_2: true\ngradient_checkpointing: true\ntorch_compile_config: {}",
         "liger_kernel: {enabled: false}\nlogger: {provider: trackio}\ntask: instruction_tuning",
     ],
@@ -219,17 +215,14 @@ def test_what_this_version_can_do_is_not_refused(tmp_path: Path, text: str) -> N
     refuse_unavailable(load_config(tmp_path / "c.yaml"))
 
 
-def test_all_refusals_come_together() -> None:
+def test_all_refusals_come_together(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(MINIMAL + "quantization: 4bit\nlora_config: {megatron_core: a}\ntask: vision_language\n")
     with pytest.raises(NotAvailableError) as caught:
-        refuse_unavailable(load_config(CONFIGS / "full_parameter.yaml"))
+        refuse_unavailable(load_config(path))
     lines = str(caught.value).splitlines()
-    assert [line.split(": ")[1] for line in lines] == [
-        "num_devices",
-        "deepspeed",
-        "trainer_resources",
-        "worker_resources",
-    ]
-    assert caught.value.line == 5
+    assert [line.split(": ")[1] for line in lines] == ["quantization", "lora_config.megatron_core", "task"]
+    assert caught.value.line == 3
 
 
 # --- derived values ---------------------------------------------------------------------------------------
@@ -296,3 +289,20 @@ def test_needed_values_are_keys_of_the_config() -> None:
     from llmforge.config import FineTuningConfig
 
     assert set(NEEDED) <= set(FineTuningConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "num_devices", "kind"), [(100, 1, "ddp"), (100, 4, "ddp"), (1, 4, "fsdp2"), (1, 1, "ddp")]
+)
+def test_devices_share_the_state_where_one_cannot_hold_it(gigabytes: int, num_devices: int, kind: str) -> None:
+    memory = derive.MemoryFacts(
+        available_bytes=gigabytes << 30,
+        hidden_size=2048,
+        num_layers=16,
+        vocab_size=32_000,
+        bytes_per_value=2,
+        is_lora=False,
+        gradient_checkpointing=False,
+        on_cpu=False,
+    )
+    assert derive.parallel(memory, 1024, num_devices).value == kind

@@ -50,6 +50,7 @@ AROUND: dict[str, dict[str, Any]] = {
     "torch_compile_config": {"torch_compile_config": {}},
     "logger": {"logger": {"provider": "wandb"}},
     "eval_first": {"valid_path": "valid.jsonl"},
+    "fsdp_cpu_offload": {"parallel": "fsdp2"},
     "padding": {"context_length": 512},
     "lora_config.layers_to_transform": {"lora_config": {"target_modules": ["q_proj"]}},
     "generation_config.prompt_format": {"generation_config": {"prompt_format": TEMPLATES}},

@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ class Bytes:
 
     log: str | None = None
     seconds_per_call: float = 0.0
+    ballast: bytes = b""  # tokenizers are large
 
     def __call__(self, rows):
         if self.log:
@@ -458,7 +460,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     file = write_rows(tmp_path / "x.jsonl", [chat("a", "b")])
     (tmp_path / "cache").mkdir()
     path = tmp_path / "cache" / "shard.arrow"
-    (tmp_path / "cache" / f".shard.arrow.{os.getpid()}.tmp").symlink_to("/dev/full")
+    (tmp_path / "cache" / f".shard.arrow.{socket.gethostname()}.{os.getpid()}.tmp").symlink_to("/dev/full")
     from llmforge.data.blocks import read_blocks
     from llmforge.data.shards import encode_block
 
@@ -539,3 +541,39 @@ def test_progress_counts_rows(tmp_path):
     assert seen == sorted(seen)
     assert seen[-1] == 1000
     assert len(seen) > 5
+
+
+# ---- chunks, for executors that read a file in many places at once
+
+
+@given(
+    content=st.lists(st.sampled_from([b"a", b"\n", b"\r\n", b'{"b": 1}\n', b"\xef\xbb\xbf", b"x" * 90]), max_size=40),
+    block_bytes=st.sampled_from([1, 2, 7, 50, 2**22]),
+    step_back=st.sampled_from([1, 5, 2**16]),
+    longest=st.sampled_from([100, 2**26]),
+)
+def test_chunks_hold_the_blocks_of_a_file(content, block_bytes, step_back, longest):
+    from llmforge.data import blocks
+
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "STEP_BACK", step_back)
+        patch.setattr(blocks, "MAX_LINE_BYTES", longest)
+        file = Path(directory, "x.jsonl")
+        file.write_bytes(b"".join(content))
+        count = blocks.count_chunks(str(file), block_bytes)
+        try:
+            expected = list(blocks.read_blocks(str(file), block_bytes))
+        except DataError:
+            with pytest.raises(DataError, match="one JSON object a line"):
+                [blocks.read_chunk(str(file), number, block_bytes) for number in range(count)]
+            return
+        chunks = [blocks.read_chunk(str(file), number, block_bytes) for number in range(count)]
+    found = [block for block in chunks if block is not None]
+    assert [(block.content, block.digest) for block in found] == [(block.content, block.digest) for block in expected]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.parquet", "https://host/x.jsonl"])
+def test_files_that_must_be_read_from_their_start(name):
+    from llmforge.data.blocks import count_chunks
+
+    assert count_chunks(name) is None

@@ -40,6 +40,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
         command("finetune", "--help"),
         command("validate", "--config-only", str(config)),
         command("schema"),
+        command("anyscale", "finetune", "--help"),
         "from llmforge.prompt import PromptFormat, compile_to_jinja",
         "from llmforge.jobs.display import open_display",
         "from llmforge.jobs.finetune import finetune, resume",

@@ -325,7 +325,7 @@ def test_it_takes_a_shard_of_memory_instead_of_the_model(tmp_path: Path) -> None
             timeout=120,
         )
         assert done.returncode == 0, done.stderr
-        peaks[how] = int(done.stdout)
+        peaks[how] = int(done.stdout.split()[-1])  # some libraries speak first
     shard, module = 30e6, 4 * 1024 * 2048
     assert peaks["on disk"] < shard + 8 * module  # PEFT keeps a few copies of the module at hand
     assert peaks["in memory"] > 0.8 * size

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 from conftest import build_model, build_tokenizer, conversation_rows, save_model, write_jsonl
-from llmforge.checkpoint import list_checkpoints, load_checkpoint
+from llmforge.checkpoint import list_checkpoints, load_parameters
 from llmforge.config import load_config
 from llmforge.errors import ConfigError, ModelError
 from llmforge.jobs.finetune import finetune
@@ -195,7 +195,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
             torch.manual_seed(0)
             if options is not None:
                 model = add_lora(model, train_new_rows(model, options, rows))
-            load_checkpoint(list_checkpoints(run.run_dir / "checkpoints")[-1], model=model, optimizer=None)
+            load_parameters(list_checkpoints(run.run_dir / "checkpoints")[-1], model)
             losses = listener.of("step", "train_loss")
             done[name, tied, spare] = Trained(run, base, losses, model, rows, logits(model, ids(tokenizer)))
         return done[name, tied, spare]

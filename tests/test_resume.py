@@ -1,13 +1,17 @@
 """A run that was stopped, however it was stopped, comes to the same files as one that was not."""
 
+import itertools
 import json
+import os
 import random
+import resource
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +19,12 @@ import pytest
 import torch
 
 from conftest import build_model, conversation_rows, save_model, write_jsonl
-from llmforge.checkpoint import list_checkpoints, save_checkpoint
+from llmforge.checkpoint import list_checkpoints, save_checkpoint, state_of
 from llmforge.config import load_config
-from llmforge.errors import ConfigError, Interrupted, NonFiniteLossError, RunError
+from llmforge.errors import ConfigError, InputError, Interrupted, NonFiniteLossError, OutputError, RunError
 from llmforge.jobs import finetune as jobs
 from llmforge.jobs.events import read_events
+from llmforge.jobs.run import load_run
 from llmforge.train.optimization import build_optimizer
 from llmforge.train.prepare import prepare_run
 from llmforge.train.run import run
@@ -221,14 +226,14 @@ def train_until(config: Path, directory: Path, step: int) -> None:
         raise AssertionError from error
 
 
-def interrupted_run(data_dir: Path, model: Path, **keys: Any) -> Path:
-    """Start a run in this process and press ctrl-C during its third step."""
+def interrupted_run(data_dir: Path, model: Path, number: int = signal.SIGINT, **keys: Any) -> Path:
+    """Start a run in this process and press ctrl-C, or send another signal, during its third step."""
 
     class Impatient(Listener):
         def event(self, event: str, **fields: Any) -> None:
             super().event(event, **fields)
             if event == "step" and fields["step"] == 3:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
 
     assert threading.current_thread() is threading.main_thread()
     with pytest.raises(Interrupted, match="after step 3"):
@@ -268,29 +273,205 @@ def test_changed_data_model_or_adapter_are_refused_with_words(data_dir: Path, tm
     assert jobs.resume(run_dir, Listener()).run_dir == run_dir
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "not json", "wrong shape"])
-def test_a_damaged_checkpoint_is_named(damage: str, data_dir: Path, model_dir: Path) -> None:
+def flip(file: Path) -> None:
+    """Change one bit in the middle of a file, as a failing disk does."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+EVERY_STEP: dict[str, Any] = {"checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 1}}
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: truncate(path / "optimizer.safetensors"), "optimizer.safetensors has"),
+        (lambda path: flip(path / "parameters.safetensors"), "bytes of parameters.safetensors have changed"),
+        (lambda path: (path / "state.json").write_text("{"), "state.json cannot be read"),
+    ],
+    ids=["truncated", "flipped", "no json"],  # other kinds of damage: test_checkpoint.py
+)
+def test_the_checkpoint_before_a_damaged_one_comes_to_the_same_files(
+    damage: Callable[[Path], object], reason: str, data_dir: Path, model_dir: Path
+) -> None:
+    keys = {"lora_config": DROPOUT_LORA, "learning_rate": 1e-2, **EVERY_STEP}
+    expected = results(run_here(data_dir, model_dir, **keys, custom_model_tag="whole")[0].run_dir)
+    run_dir = interrupted_run(data_dir, model_dir, **keys)
+    damage(run_dir / "checkpoints" / "step-000003")
+    listener = Listener()
+    jobs.resume(run_dir, listener)
+    assert listener.of("started", "resumed_from") == [2]
+    assert listener.of("step", "step") == [3, 4, 5, 6]
+    assert [note for note in listener.notes if f"step-000003 is damaged ({reason}" in note and "step-000002" in note]
+    assert any("is damaged" in event["text"] for event in read_events(run_dir / "events.jsonl") if "text" in event)
+    shutil.rmtree(run_dir / "checkpoints" / ".step-000003.damaged")  # which the note says may be deleted
+    same(expected, results(run_dir))
+
+
+def test_with_no_checkpoint_left_a_run_starts_again(data_dir: Path, model_dir: Path) -> None:
+    keys = {"lora_config": DROPOUT_LORA, "learning_rate": 1e-2, **EVERY_STEP}
+    expected = results(run_here(data_dir, model_dir, **keys, custom_model_tag="whole")[0].run_dir)
+    run_dir = interrupted_run(data_dir, model_dir, **keys)
+    for path in (run_dir / "checkpoints").iterdir():
+        flip(path / "parameters.safetensors")
+    listener = Listener()
+    jobs.resume(run_dir, listener)
+    assert listener.of("started", "resumed_from") == [None]
+    assert listener.of("step", "step") == list(range(1, 7))
+    assert sum("starts again at its beginning" in note for note in listener.notes) == 2
+    for path in (run_dir / "checkpoints").glob(".*.damaged"):
+        shutil.rmtree(path)
+    same(expected, results(run_dir))
+
+
+def test_a_checkpoint_of_another_model_is_refused(data_dir: Path, model_dir: Path) -> None:
     run_dir = interrupted_run(data_dir, model_dir, lora_config=LORA)
-    checkpoint = run_dir / "checkpoints" / "step-000003"
-    words = "is damaged"
-    if damage == "truncated":
-        content = (checkpoint / "optimizer.safetensors").read_bytes()
-        (checkpoint / "optimizer.safetensors").write_bytes(content[: len(content) // 2])
-    elif damage == "missing":
-        (checkpoint / "parameters.safetensors").unlink()
-    elif damage == "not json":
-        (checkpoint / "state.json").write_text("{")
-    else:
-        resolved = run_dir / "resolved_config.yaml"
-        resolved.write_text(resolved.read_text().replace("  r: 4", "  r: 2"))
-        words = "was written for another model"
-    with pytest.raises(RunError, match=f"step-000003.*{words}"):
+    resolved = run_dir / "resolved_config.yaml"
+    resolved.write_text(resolved.read_text().replace("  r: 4", "  r: 2"))
+    with pytest.raises(RunError, match="step-000003 was written for another model"):
         jobs.resume(run_dir, Listener())
-    if damage in ("truncated", "missing", "not json"):
-        shutil.rmtree(checkpoint)  # what the error says to do
-        listener = Listener()
-        jobs.resume(run_dir, listener)
-        assert listener.of("step", "step") == list(range(1, 7))
+    assert (run_dir / "checkpoints" / "step-000003").is_dir()
+
+
+def last_event(run_dir: Path) -> dict[str, Any]:
+    """Give the last event of a run; an empty one where there is none yet."""
+    events = read_events(run_dir / "events.jsonl") if (run_dir / "events.jsonl").is_file() else []
+    return events[-1] if events else {}
+
+
+def is_evaluating(run_dir: Path) -> bool:
+    last = last_event(run_dir)
+    return last.get("event") == "step" and last["step"] % 3 == 0
+
+
+# When a kind of work has begun, as far as it shows from outside.
+MOMENTS: dict[str, Callable[[Path], bool]] = {
+    "loading": lambda run_dir: (run_dir / "run.lock").exists(),
+    "evaluation": is_evaluating,
+    "checkpoint": lambda run_dir: any((run_dir / "checkpoints").glob(".step-*.partial")),
+    "artifact": lambda run_dir: (run_dir / ".artifact.partial").exists(),
+}
+
+
+def test_a_kill_during_each_kind_of_work_loses_nothing(data_dir: Path, model_dir: Path) -> None:
+    keys = {
+        **LONG,
+        "num_epochs": 4,
+        "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 3},
+        "valid_path": str(data_dir / "valid.jsonl"),
+    }
+    expected = finished_run(data_dir, model_dir, **keys)
+    run_dir = data_dir / "runs" / "run"
+    target: Any = run_config
+    path = write_config(data_dir, model_dir, **keys)
+    rng = random.Random(1)
+    for moment, has_come in MOMENTS.items():
+        process = child(target, path)
+        deadline = time.monotonic() + 60
+        while process.is_alive() and not has_come(run_dir):
+            assert time.monotonic() < deadline, moment
+            time.sleep(0.0005)
+        time.sleep(rng.random() * 0.003)
+        process.kill()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL, moment
+        if (run_dir / "resolved_config.yaml").exists():
+            target, path = resume_run, run_dir
+        elif run_dir.exists():  # killed before there was anything to resume: as the error says, it is to be deleted
+            with pytest.raises(InputError, match=r"start the run again|not the directory of a run"):
+                jobs.resume(run_dir, Listener())
+            shutil.rmtree(run_dir)
+    process = child(target, path)
+    process.join(60)
+    assert process.exitcode == 0
+    same(expected, results(run_dir))
+    assert list(run_dir.rglob(".*")) == []
+    assert not (run_dir / "run.lock").exists()
+
+
+def test_a_run_belongs_to_one_process_at_a_time(data_dir: Path, model_dir: Path) -> None:
+    run_dir = data_dir / "runs" / "run"
+    config = write_config(data_dir, model_dir, **LONG)
+    process = child(run_config, config)
+    wait_for_steps(run_dir / "events.jsonl", 6, process.is_alive)
+    os.kill(process.pid, signal.SIGSTOP)  # so that it does not end meanwhile
+    try:
+        with pytest.raises(OutputError, match=rf"{run_dir} is being trained by process {process.pid} on .*at a time"):
+            jobs.resume(run_dir, Listener())
+        with pytest.raises(OutputError, match="already holds a run"):
+            jobs.finetune(load_config(config), Listener())
+        with pytest.raises(InputError, match="has not finished"):  # who only reads is not held up
+            load_run(run_dir)
+    finally:
+        process.kill()
+        process.join(60)
+    assert (run_dir / "run.lock").exists()
+    listener = Listener()
+    jobs.resume(run_dir, listener)
+    assert listener.of("started", "resumed_from")[0] >= 5
+    assert not (run_dir / "run.lock").exists()
+
+
+def test_sigterm_stops_a_run_as_ctrl_c_does(data_dir: Path, model_dir: Path) -> None:
+    expected = results(run_here(data_dir, model_dir, lora_config=DROPOUT_LORA, custom_model_tag="whole")[0].run_dir)
+    run_dir = interrupted_run(data_dir, model_dir, signal.SIGTERM, lora_config=DROPOUT_LORA)
+    assert "interrupted after step 3" in last_event(run_dir)["error"]
+    jobs.resume(run_dir, Listener())
+    same(expected, results(run_dir))
+
+
+def test_nothing_depends_on_the_clock(data_dir: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run with a clock that goes back an hour whenever it is read, and resume among files of the wrong times."""
+    keys = {"lora_config": DROPOUT_LORA, "valid_path": str(data_dir / "valid.jsonl"), **EVERY_STEP}
+    expected = results(run_here(data_dir, model_dir, **keys, custom_model_tag="whole")[0].run_dir)
+    hours = itertools.count()
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(2030, 1, 1, tzinfo=UTC) - timedelta(hours=next(hours))
+
+    monkeypatch.setattr("llmforge.jobs.events.datetime", Clock)
+    monkeypatch.setattr(time, "time", lambda: 4e9 - 3600.0 * next(hours))
+    run_dir = interrupted_run(data_dir, model_dir, **keys)
+    rng = random.Random(2)
+    for path in data_dir.rglob("*"):
+        os.utime(path, (rng.random() * 4e9,) * 2)
+    jobs.resume(run_dir, Listener())
+    same(expected, results(run_dir))
+    times = [event["time"] for event in read_events(run_dir / "events.jsonl")]
+    assert times == sorted(times, reverse=True)
+    assert load_run(run_dir).metrics
+
+
+def test_a_limit_on_the_size_of_files_leaves_the_checkpoint_before(data_dir: Path, model_dir: Path) -> None:
+    """Like a full disk, which other tests have, but found by the system and not by us."""
+    keys = {"lora_config": DROPOUT_LORA, **EVERY_STEP}
+    expected = results(run_here(data_dir, model_dir, **keys, custom_model_tag="whole")[0].run_dir)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Limiting(Listener):
+        def event(self, event: str, **fields: Any) -> None:
+            super().event(event, **fields)
+            if event == "checkpoint" and fields["step"] == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+
+    try:
+        with pytest.raises(OutputError, match=r"step-000003 is larger than this process may write.*ulimit -f"):
+            jobs.finetune(load_config(write_config(data_dir, model_dir, **keys)), Limiting())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    run_dir = data_dir / "runs" / "run"
+    assert last_event(run_dir)["event"] == "failed"
+    assert [checkpoint.step for checkpoint in list_checkpoints(run_dir / "checkpoints")] == [1, 2]
+    assert list(run_dir.rglob(".*")) == []
+    jobs.resume(run_dir, Listener())
+    same(expected, results(run_dir))
 
 
 def test_resuming_a_finished_run_gives_it_back(data_dir: Path, model_dir: Path) -> None:
@@ -317,10 +498,13 @@ def test_a_moved_run_directory_can_be_resumed(data_dir: Path, model_dir: Path) -
     assert not run_dir.exists()
 
 
-def test_a_run_stopped_before_its_first_step_says_so(data_dir: Path, model_dir: Path) -> None:
+@pytest.mark.parametrize("left", [(), ("run.lock",), ("run.lock", "rows.jsonl", ".manifest.json.1a2b3c4d.partial")])
+def test_a_run_stopped_before_its_first_step_says_so(left: tuple[str, ...], data_dir: Path, model_dir: Path) -> None:
     directory = data_dir / "runs" / "early"
     directory.mkdir(parents=True)
     shutil.copy(write_config(data_dir, model_dir), directory / "config.yaml")
+    for name in left:
+        (directory / name).touch()
     with pytest.raises(ConfigError, match="start the run again"):
         jobs.resume(directory, Listener())
 
@@ -331,5 +515,5 @@ def test_parameters_that_are_no_numbers_are_never_checkpointed(tmp_path: Path) -
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("inf")
     with pytest.raises(NonFiniteLossError, match=r"step 7 made lm_head\.weight NaN or infinite"):
-        save_checkpoint(tmp_path, step=7, model=model, optimizer=optimizer, metrics={})
+        save_checkpoint(tmp_path, step=7, state=state_of(model, optimizer), metrics={})
     assert list(tmp_path.iterdir()) == []

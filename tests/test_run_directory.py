@@ -1,10 +1,14 @@
 """The run directory, atomic writing, and what happens where nothing can be written."""
 
+import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -114,6 +118,85 @@ def test_free_space_is_required_with_numbers(tmp_path: Path) -> None:
         run.require_free_space(10**18)
 
 
+# Locks a run, says so, and waits to be killed.
+HOLDER = """
+import sys, time
+from pathlib import Path
+from llmforge.jobs.run_directory import RunDirectory
+
+with RunDirectory(Path(sys.argv[1])).lock():
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_names_who_has_it_and_goes_with_the_process(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(OutputError, match=rf"being trained by process {holder.pid} on .*"), run.lock():
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+    with run.lock(), pytest.raises(OutputError, match=rf"process {os.getpid()} on"), run.lock():
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_never_do_two_have_the_lock(tmp_path: Path) -> None:
+    run, holding, had = RunDirectory(tmp_path), [0], [0]
+
+    def compete() -> None:
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OutputError), run.lock():
+                holding[0] += 1
+                time.sleep(0)  # lets another thread run
+                assert holding[0] == 1
+                holding[0] -= 1
+                had[0] += 1
+
+    with ThreadPoolExecutor(6) as threads:
+        for done in [threads.submit(compete) for _ in range(6)]:
+            done.result()
+    assert had[0] > 10
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_locks_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with RunDirectory(tmp_path).lock():
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_leaves_a_run_at_work_alone(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "mine")
+    run.config.write_text("")
+    replaced = run.path / ".artifact.replaced"
+    replaced.mkdir()
+    with run.lock():  # its holder may be between the two renames
+        RunDirectory.open(run.path)
+        assert replaced.is_dir()
+    RunDirectory.open(run.path)
+    assert not replaced.exists()
+    assert run.artifact.is_dir()
+
+
+def test_what_a_kill_left_before_the_config_is_no_run(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "mine")
+    (run.path / "run.lock").write_text("process 1 on nowhere\n")
+    assert RunDirectory.create(tmp_path, "mine") == run
+
+
 def test_write_atomically_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "f"
     write_atomically(path, "ä\n")
@@ -210,6 +293,8 @@ def test_a_full_disk_is_an_output_error_whoever_noticed(tmp_path: Path) -> None:
 
 MOUNTED = """
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from llmforge.atomic import atomic_directory, write_atomically
 from llmforge.errors import OutputError

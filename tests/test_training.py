@@ -338,8 +338,8 @@ def test_the_artifact_is_the_best_checkpoint_not_the_last(data_dir: Path, model_
     assert best != last
     assert listener.of("finished", "best_step") == [best]
     assert run.metrics == {"eval_loss": losses[best], "perplexity": pytest.approx(math.exp(losses[best]))}
-    # The two best are kept, and the last one, from which the run could go on.
-    assert steps_on_disk(run.run_dir) == sorted({*ranked[:2], last})
+    # The two best are kept, and the last two, from which the run could go on.
+    assert steps_on_disk(run.run_dir) == sorted({*ranked[:2], last - 3, last})
     saved = load_file(run.artifact_dir / "model.safetensors")
     checkpoint = load_file(run.run_dir / "checkpoints" / f"step-{best:06d}" / "parameters.safetensors")
     assert all(torch.equal(saved[name], weight) for name, weight in checkpoint.items())
@@ -349,6 +349,36 @@ def test_the_artifact_is_the_best_checkpoint_not_the_last(data_dir: Path, model_
         data_dir, run.artifact_dir, **{**keys, "custom_model_tag": "again", "eval_first": True, "num_epochs": 1}
     )
     assert again.of("evaluation", "eval_loss")[0] == pytest.approx(losses[best], rel=1e-5)
+
+
+def test_the_next_best_is_the_artifact_where_the_best_is_damaged(data_dir: Path, model_dir: Path) -> None:
+    overfitting(data_dir)
+
+    class Damaging(Listener):
+        def event(self, event: str, **fields: Any) -> None:
+            super().event(event, **fields)
+            if event == "checkpoint" and fields["step"] == 24:
+                losses = dict(zip(self.of("evaluation", "step"), self.of("evaluation", "eval_loss"), strict=True))
+                self.ranked = sorted(losses, key=losses.__getitem__)
+                file = Path(fields["path"]).parent / f"step-{self.ranked[0]:06d}" / "parameters.safetensors"
+                content = bytearray(file.read_bytes())
+                content[-1] ^= 1
+                file.write_bytes(content)
+
+    listener = Damaging()
+    keys = {"valid_path": str(data_dir / "valid.jsonl"), "learning_rate": 1e-2, "num_epochs": 8}
+    config = write_config(data_dir, model_dir, **keys, num_checkpoints_to_keep=2)
+    run = finetune(load_config(config), listener)
+    assert run is not None
+    best, second, *_ = listener.ranked
+    assert best != 24  # which the model holds at the end, and nobody reads
+    assert listener.of("finished", "best_step") == [second]
+    said = [note for note in listener.notes if f"step-{best:06d} is damaged" in note]
+    assert len(said) == 1
+    assert f"the artifact is made of step-{second:06d}" in said[0]
+    saved = load_file(run.artifact_dir / "model.safetensors")
+    checkpoint = load_file(run.run_dir / "checkpoints" / f"step-{second:06d}" / "parameters.safetensors")
+    assert all(torch.equal(saved[name], weight) for name, weight in checkpoint.items())
 
 
 def test_without_validation_data_the_best_is_the_last(data_dir: Path, model_dir: Path) -> None:
@@ -414,7 +444,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_update(
     value: float, lora: Any, data_dir: Path, model_dir: Path
 ) -> None:
     model = damaged_model(model_dir, data_dir / "damaged", value)
-    with pytest.raises(NonFiniteLossError, match=r"step 1; the weights were not updated"):
+    with pytest.raises(NonFiniteLossError, match=r"step 1; no checkpoint holds that update"):
         run_here(data_dir, model, lora_config=lora)
     events = read_events(data_dir / "runs" / "run" / "events.jsonl")
     assert [event["event"] for event in events if event["event"] != "note"] == ["started", "failed"]
@@ -440,7 +470,7 @@ def test_a_run_that_explodes_keeps_its_last_good_checkpoint_and_exits_with_1(dat
     assert events[-1]["event"] == "failed"
     assert not (run_dir / "artifact").exists()
     last = max(event["step"] for event in events if event["event"] == "checkpoint")
-    assert steps_on_disk(run_dir) == [last]
+    assert steps_on_disk(run_dir) == [last - 1, last]
     weights = load_file(run_dir / "checkpoints" / f"step-{last:06d}" / "parameters.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
 

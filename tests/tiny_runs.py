@@ -90,7 +90,13 @@ def child(target: Any, path: Path) -> Any:
 
 def environment() -> dict[str, str]:
     """Give the environment for a child process: nothing is read from or written to this user's directories."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "RAY_ADDRESS": os.environ.get("RAY_ADDRESS", "local"),  # and no cluster that happens to run here
+    }
 
 
 def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:

@@ -47,7 +47,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     Its files get the mode that this user's new files have: some writers (safetensors) make them private.
     Raises OutputError when the disk is full, read-only or not writable.
     """
-    partial = path.with_name(f".{path.name}{_PARTIAL}")
+    partial = path.with_name(partial_name(path))
     replaced = path.with_name(f".{path.name}{_REPLACED}")
     with _output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,10 +61,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         _open_up(partial, mode)
         _flush_tree(partial)
     except BaseException as error:
-        full = _is_full(error, path.parent)  # judged before the cleaning up gives the space back
+        failure = _in_words(error, path)  # judged before the cleaning up gives the space back
         shutil.rmtree(partial, ignore_errors=True)
-        if full:
-            raise OutputError(_full_message(path)) from error
+        if failure is not None:
+            raise failure from error
         raise
     with _output_errors(path):
         if path.exists():
@@ -72,6 +72,16 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         os.rename(partial, path)
         _flush(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def partial_name(path: Path) -> str:
+    """Name the sibling in which `atomic_directory` collects what will be `path`, for other processes to write there."""
+    return f".{path.name}{_PARTIAL}"
+
+
+def has_replaced(parent: Path) -> bool:
+    """Say whether `restore_replaced` has anything to do in a directory, which need not exist."""
+    return any(parent.glob(f".*{_REPLACED}"))
 
 
 def restore_replaced(parent: Path) -> None:
@@ -93,6 +103,11 @@ def output_error(error: OSError, path: Path) -> OutputError:
     """Say why `path` cannot be written to and what to change."""
     if error.errno in _FULL:
         return OutputError(_full_message(path))
+    if error.errno == errno.EFBIG:
+        return OutputError(
+            f"a file of {path} is larger than this process may write; raise the limit (ulimit -f). What was there "
+            "before is untouched"
+        )
     if error.errno == errno.EROFS:
         return OutputError(f"{path} lies on a read-only file system; set output_dir to a place that can be written to")
     if error.errno in (errno.EACCES, errno.EPERM):
@@ -112,12 +127,18 @@ def _output_errors(path: Path) -> Iterator[None]:
         raise output_error(error, path) from error
 
 
-def _is_full(error: BaseException, parent: Path) -> bool:
+def _in_words(error: BaseException, path: Path) -> OutputError | None:
+    """Recognise a full disk, and a file larger than this process may write, also where a writer hides the errno."""
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in _FULL
-    return isinstance(error, Exception) and (
-        "no space left" in str(error).lower() or shutil.disk_usage(parent).free < _FULL_BELOW
-    )
+        return output_error(error, path) if error.errno in (*_FULL, errno.EFBIG) else None
+    if not isinstance(error, Exception):
+        return None
+    text = str(error).lower()
+    if "file too large" in text:
+        return output_error(OSError(errno.EFBIG, ""), path)
+    if "no space left" in text or shutil.disk_usage(path.parent).free < _FULL_BELOW:
+        return OutputError(_full_message(path))
+    return None
 
 
 def _full_message(path: Path) -> str:

@@ -6,6 +6,7 @@ import shutil
 import sys
 import textwrap
 import traceback
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -15,7 +16,9 @@ from llmforge import __version__
 from llmforge.errors import DownloadInterrupted, InputError, Interrupted, LlmforgeError
 
 if TYPE_CHECKING:
+    from llmforge.data.executors import Executor
     from llmforge.export.proof import Proof
+    from llmforge.jobs.ray_jobs import Job
     from llmforge.jobs.run import Run
 
 app = typer.Typer(
@@ -29,6 +32,8 @@ data_app = typer.Typer(help="Look at data as the model will see it.", no_args_is
 app.add_typer(data_app, name="data")
 prompt_app = typer.Typer(help="Find out and prove how conversations become text.", no_args_is_help=True)
 app.add_typer(prompt_app, name="prompt")
+anyscale_app = typer.Typer(help="Run on a Ray cluster.", no_args_is_help=True)
+app.add_typer(anyscale_app, name="anyscale")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")]
 Overrides = Annotated[
@@ -37,6 +42,25 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run, or of an artifact.")]
+DefaultMode = Annotated[bool, typer.Option("--default", help="Choose everything but the model and the data.")]
+Resume = Annotated[
+    Path | None, typer.Option("--resume", metavar="RUN_DIR", help="Continue a run from its last checkpoint.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Stop before the first step.")]
+AllowUnproven = Annotated[
+    bool, typer.Option("--allow-unproven", help="Write the artifact even if its proof fails; its card says so.")
+]
+OptionalConfig = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address", help="Cluster: host:6379, or http://host:8265 for jobs. Else RAY_ADDRESS, or one running here."
+    ),
+]
+NumDevices = Annotated[
+    int | None, typer.Option("--num-devices", min=1, help="With --resume: go on with another number of devices.")
+]
+JobId = Annotated[str, typer.Argument(metavar="JOB_ID", help="What the job was called when it was submitted.")]
 
 
 def _print_version(asked: bool) -> None:
@@ -56,36 +80,70 @@ def llmforge(
 
 @app.command()
 def finetune(
-    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML file that describes the run.")] = None,
+    config: OptionalConfig = None,
     overrides: Overrides = None,
-    default: Annotated[bool, typer.Option("--default", help="Choose everything but the model and the data.")] = False,
-    resume: Annotated[
-        Path | None, typer.Option("--resume", metavar="RUN_DIR", help="Continue a run from its last checkpoint.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before the first step.")] = False,
-    allow_unproven: Annotated[
-        bool, typer.Option("--allow-unproven", help="Write the artifact even if its proof fails; its card says so.")
-    ] = False,
+    default: DefaultMode = False,
+    resume: Resume = None,
+    num_devices: NumDevices = None,
+    dry_run: DryRun = False,
+    allow_unproven: AllowUnproven = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the fine-tuning job that CONFIG describes."""
+    _check_start(config, resume, bool(overrides or default or dry_run), num_devices)
+    _finetune(config, overrides, default, resume, num_devices, dry_run, allow_unproven, as_json)
+
+
+def _check_start(config: Path | None, resume: Path | None, changes: bool, num_devices: int | None) -> None:
+    if (config is None) == (resume is None):
+        raise InputError("give either CONFIG, to start a run, or --resume RUN_DIR, to continue one")
+    if resume is not None and changes:
+        raise InputError("a resumed run keeps its config; --resume goes without --set, --default and --dry-run")
+    if resume is None and num_devices is not None:
+        raise InputError("--num-devices is for --resume; for a new run use --set num_devices=N")
+
+
+def _finetune(
+    config: Path | None,
+    overrides: list[str] | None,
+    default: bool,
+    resume: Path | None,
+    num_devices: int | None,
+    dry_run: bool,
+    allow_unproven: bool,
+    as_json: bool,
+    executor: "Executor | None" = None,
+    wait: bool = False,
+) -> None:
     from llmforge.config import load_config
     from llmforge.jobs import finetune as jobs
     from llmforge.jobs.display import QuietDisplay, open_display
     from llmforge.jobs.imports import imports_for_good
 
-    if (config is None) == (resume is None):
-        raise InputError("give either CONFIG, to start a run, or --resume RUN_DIR, to continue one")
-    if resume is not None and (overrides or default or dry_run):
-        raise InputError("a resumed run keeps its config; --resume goes without --set, --default and --dry-run")
-    with QuietDisplay(sys.stderr) if as_json else open_display(sys.stderr) as display:
+    # Libraries print what they please; stdout is for the one object.
+    stdout = redirect_stdout(sys.stderr) if as_json else nullcontext()
+    with stdout, QuietDisplay(sys.stderr) if as_json else open_display(sys.stderr) as display:
         if config is None:
             assert resume is not None
-            run: Run | None = jobs.resume(resume, display, allow_unproven=allow_unproven, importing=imports_for_good)
+            run: Run | None = jobs.resume(
+                resume,
+                display,
+                allow_unproven=allow_unproven,
+                workers=num_devices,
+                wait=wait,
+                importing=imports_for_good,
+                executor=executor,
+            )
         else:
             loaded = load_config(config, overrides or (), default)
             run = jobs.finetune(
-                loaded, display, dry_run=dry_run, allow_unproven=allow_unproven, importing=imports_for_good
+                loaded,
+                display,
+                dry_run=dry_run,
+                allow_unproven=allow_unproven,
+                wait=wait,
+                importing=imports_for_good,
+                executor=executor,
             )
     if as_json:
         result = (
@@ -99,6 +157,116 @@ def finetune(
             }
         )
         print(json.dumps(result))
+
+
+@anyscale_app.command("finetune")
+def anyscale_finetune(
+    config: OptionalConfig = None,
+    overrides: Overrides = None,
+    default: DefaultMode = False,
+    resume: Resume = None,
+    num_devices: NumDevices = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for a cluster that grows, instead of refusing.")] = False,
+    dry_run: DryRun = False,
+    allow_unproven: AllowUnproven = False,
+    as_json: AsJson = False,
+    address: Address = None,
+    job: Annotated[
+        bool, typer.Option("--job", help="Submit it as a Ray job, which goes on without this terminal.")
+    ] = False,
+    variables: Annotated[
+        list[str] | None, typer.Option("--env", metavar="NAME", help="Environment variable the job gets. Repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Files the job does not get. Repeatable.")
+    ] = None,
+) -> None:
+    """Run the fine-tuning job that CONFIG describes on a Ray cluster."""
+    _check_start(config, resume, bool(overrides or default or dry_run), num_devices)
+    if not job:
+        if variables or exclude:
+            raise InputError("--env and --exclude are for a job; add --job")
+        from llmforge.jobs.ray_cluster import connected
+
+        with connected(address):
+            from llmforge.jobs.ray_rows import encode_on_cluster
+
+            _finetune(
+                config,
+                overrides,
+                default,
+                resume,
+                num_devices,
+                dry_run,
+                allow_unproven,
+                as_json,
+                encode_on_cluster,
+                wait,
+            )
+        return
+    from llmforge.jobs.ray_jobs import submit_finetune
+
+    flags = [*["--dry-run"] * dry_run, *["--allow-unproven"] * allow_unproven, *["--wait"] * wait]
+    flags += [] if num_devices is None else [f"--num-devices={num_devices}"]
+    submitted = submit_finetune(
+        config,
+        overrides or (),
+        default,
+        resume,
+        flags,
+        address=address,
+        exclude=exclude or (),
+        variables=variables or (),
+        note=lambda text: print(text, file=sys.stderr),
+    )
+    _follow(submitted, as_json)
+
+
+@anyscale_app.command("logs")
+def anyscale_logs(job_id: JobId, address: Address = None, as_json: AsJson = False) -> None:
+    """Show a job's log until it ends, and end as it does."""
+    from llmforge.jobs.ray_jobs import find_job
+
+    _follow(find_job(job_id, address), as_json)
+
+
+@anyscale_app.command("status")
+def anyscale_status(job_id: JobId, address: Address = None, as_json: AsJson = False) -> None:
+    """Say how a job stands."""
+    from llmforge.jobs.ray_jobs import describe, find_job
+
+    described = describe(find_job(job_id, address).details())
+    if as_json:
+        print(json.dumps(described))
+        return
+    for name, value in described.items():
+        if value is not None:
+            print(f"{name.replace('_', ' '):<10} {value}")
+
+
+@anyscale_app.command("stop")
+def anyscale_stop(job_id: JobId, address: Address = None) -> None:
+    """Stop a job after the step it is in, with a checkpoint."""
+    from llmforge.jobs.ray_jobs import find_job, stop
+
+    job = find_job(job_id, address)
+    print(f"{job.id} is being stopped; {job.command('status')}" if stop(job) else f"{job.id} has ended already")
+
+
+def _follow(job: "Job", as_json: bool) -> None:
+    """Show a job's log (on stderr where stdout is for JSON), say how it ended, and end the program as it did."""
+    from llmforge.jobs.ray_jobs import describe, exit_code, follow
+
+    details = follow(job, sys.stderr if as_json else sys.stdout)
+    code, described = exit_code(details), describe(details)
+    if as_json:
+        print(json.dumps(described))
+    elif code == Interrupted.exit_code:
+        raise Interrupted(f"{job.id} STOPPED")
+    else:
+        why = f": {described['message']}" if code == 1 and described["message"] else ""
+        print(f"{job.id} {described['status']}{why}", file=sys.stderr)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -208,6 +376,26 @@ def _print_proof(proof: "Proof", as_json: bool, notes: list[str]) -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def verify_resume(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="How many of the run's first steps to train.")] = 6,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the runs that are compared.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Prove on CONFIG that a run which is killed and resumed equals one that never stopped."""
+    from llmforge.jobs.verify_resume import verify_resume as verify
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    verified = verify(config, overrides or (), steps=steps, keep=keep, say=say)
+    print(json.dumps(verified.as_json()) if as_json else "\n".join(verified.lines()))
+    if not verified.identical:
+        raise typer.Exit(1)
+
+
 @prompt_app.command("infer")
 def prompt_infer(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, .gguf file or hub id.")],
@@ -301,6 +489,9 @@ def _print_error(error: LlmforgeError) -> None:
 
 def main() -> NoReturn:
     """Run the console script; exit with 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted."""
+    if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
+        # Left to look for itself, DeepSpeed says on stdout what it found, and other libraries import it unasked.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         app(prog_name="llmforge")
     except DownloadInterrupted as error:

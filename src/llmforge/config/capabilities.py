@@ -67,20 +67,6 @@ def _requests(loaded: LoadedConfig) -> Iterator[tuple[str, str]]:
             f"given {config.task}; available in this version: {', '.join(AVAILABLE_TASKS)}; choose one of them",
         )
 
-    if config.num_devices > 1:
-        yield "num_devices", f"given {config.num_devices}; this version trains on one device; set num_devices: 1"
-    for key, resources in (
-        ("worker_resources", config.worker_resources),
-        ("trainer_resources", config.trainer_resources),
-    ):
-        if resources:
-            yield key, f"it tells Ray where to place workers, and this version does not run on Ray; remove {key}"
-    if config.deepspeed is not None:
-        yield "deepspeed", "DeepSpeed is not available in this version; remove deepspeed"
-    if config.parallel != "auto":
-        yield "parallel", f"given {config.parallel}; this version trains on one device; set parallel: auto"
-    if config.liger_kernel is not None and config.liger_kernel.enabled:
-        yield "liger_kernel", "Liger's kernels are not available in this version; set liger_kernel: {enabled: false}"
     if config.quantization != "none":
         yield (
             "quantization",

@@ -112,17 +112,29 @@ def tokens_that_fit(memory: MemoryFacts) -> float:
     return (_USABLE * memory.available_bytes - state) / max(1, kept * h * width)
 
 
+def parallel(memory: MemoryFacts, context_length: int, num_devices: int) -> Derived:
+    """Return how several devices share the work: ddp where each can hold the whole state, else fsdp2."""
+    if num_devices == 1:
+        return Derived("ddp", "there is one device")
+    gib = memory.available_bytes / 2**30
+    if tokens_that_fit(memory) >= context_length:
+        return Derived("ddp", f"the whole state of training fits into the {gib:.1f} GiB of a device")
+    return Derived("fsdp2", f"the state of training does not fit into the {gib:.1f} GiB of a device")
+
+
 def eval_batch_size(train_batch_size: int) -> Derived:
     """Return twice the training batch size: evaluation keeps no activations."""
     return Derived(2 * train_batch_size, "twice train_batch_size_per_device: no activations are kept")
 
 
-def gradient_accumulation_steps(train_batch_size: int, *, chosen_by_user: bool) -> Derived:
+def gradient_accumulation_steps(train_batch_size: int, *, chosen_by_user: bool, num_devices: int = 1) -> Derived:
     """Return the forward passes per step that make about 16 examples; 1 where the user chose the batch size."""
     if chosen_by_user:
         return Derived(1, "train_batch_size_per_device is set")
-    steps = max(1, round(EXAMPLES_PER_STEP / train_batch_size))
-    return Derived(steps, f"{steps} × {train_batch_size} = {steps * train_batch_size} examples per optimizer step")
+    together = train_batch_size * num_devices
+    steps = max(1, round(EXAMPLES_PER_STEP / together))
+    devices = "" if num_devices == 1 else f" × {num_devices} devices"
+    return Derived(steps, f"{steps} × {train_batch_size}{devices} = {steps * together} examples per optimizer step")
 
 
 def dtype(*, has_bf16: bool, device: str) -> Derived:

@@ -152,7 +152,14 @@ class DevicesSection:
     worker_resources: Mapping[str, float]
     trainer_resources: Mapping[str, float]
     deepspeed_config_path: str | None
-    parallel: Literal["auto", "ddp", "fsdp2", "deepspeed"]
+    parallel: Literal["ddp", "fsdp2", "deepspeed"]
+    fsdp_cpu_offload: bool
+    max_failures: int
+
+    @property
+    def on_ray(self) -> bool:
+        """Whether the run needs workers, and not just this process."""
+        return bool(self.num_devices > 1 or self.worker_resources or self.trainer_resources or self.parallel != "ddp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +254,10 @@ def resolve(
         decide("packing", Derived(False, "padding is set"))
     elif values["packing"] is False:
         decide("padding", Derived("longest", "sequences are not packed"))
+    decide(
+        "parallel",
+        Derived("deepspeed", "deepspeed is given") if config.deepspeed else Derived("ddp", "a model fits on a device"),
+    )
     decide("flash_attention_2", Derived(False, "not asked for"))
     decide("gradient_checkpointing", Derived(False, "not asked for"))
     decide("data_workers", derive.data_workers())
@@ -326,8 +337,10 @@ def _regrouped(config: FineTuningConfig, values: dict[str, Any], origins: dict[s
             num_devices=config.num_devices,
             worker_resources=config.worker_resources,
             trainer_resources=config.trainer_resources,
-            deepspeed_config_path=deepspeed.config_path if deepspeed else None,
-            parallel=config.parallel,
+            deepspeed_config_path=values["deepspeed"]["config_path"] if deepspeed else None,
+            parallel=values["parallel"],
+            fsdp_cpu_offload=config.fsdp_cpu_offload,
+            max_failures=config.max_failures,
         ),
         checkpoint=CheckpointSection(
             unit=frequency.unit,

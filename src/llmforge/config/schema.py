@@ -265,7 +265,10 @@ class FineTuningConfig(Section):
         "error", description="What a row that cannot be used does: stop before the start, or be recorded and skipped."
     )
     cache_dir: StoragePath | None = Field(None, description="Where prepared data is kept. Unset: the platform's cache.")
-    data_workers: Count | None = Field(None, description="Processes that tokenise. Unset: the number of CPU cores.")
+    data_workers: Count | None = Field(
+        None,
+        description="Processes that tokenise. Unset: one for each CPU (of the Ray cluster, if any).",
+    )
 
     task: TaskName | None = Field(
         None, description="Which tokens carry loss. Unset: the task whose section is given, else causal_lm."
@@ -327,6 +330,12 @@ class FineTuningConfig(Section):
     trainer_resources: Resources = Field({}, description="Extra Ray resources of the first worker.")
     deepspeed: DeepSpeedConfig | None = Field(None, description="Trains with DeepSpeed.")
     parallel: Literal["auto", "ddp", "fsdp2", "deepspeed"] = Field("auto", description="How devices share the work.")
+    fsdp_cpu_offload: bool = Field(
+        False, description="With fsdp2: parameters, gradients and optimizer state lie in the host's memory."
+    )
+    max_failures: int = Field(
+        3, ge=0, description="How often a run on Ray is started again from its last checkpoint when a worker is lost."
+    )
 
     flash_attention_2: Literal["auto"] | bool = Field(
         "auto", description="FlashAttention 2, where the hardware and its package are there."
@@ -347,7 +356,7 @@ class FineTuningConfig(Section):
         CheckpointAndEvaluationFrequency(), description="When to evaluate and write a checkpoint."
     )
     num_checkpoints_to_keep: Count = Field(
-        1, description="Checkpoints kept: the best by validation loss; the last one is always kept too."
+        1, description="Checkpoints kept: the best by validation loss; the last two are always kept too."
     )
     eval_first: bool = Field(False, description="Evaluates once before the first step.")
     custom_model_tag: Name | None = Field(
@@ -443,6 +452,18 @@ def contradictions(config: FineTuningConfig) -> list[Problem]:
             ("parallel", "deepspeed"),
             f"given {config.parallel} together with deepspeed; allowed auto or deepspeed; change parallel, or remove "
             "deepspeed",
+        )
+
+    if config.fsdp_cpu_offload and config.parallel != "fsdp2":
+        refuse(
+            ("fsdp_cpu_offload", "parallel"),
+            f"given true with parallel: {config.parallel}; only fsdp2 has it; set parallel: fsdp2, or remove it",
+        )
+    if config.optimizer == "adafactor" and config.parallel in ("fsdp2", "deepspeed"):
+        refuse(
+            ("optimizer", "parallel"),
+            f"given adafactor with parallel: {config.parallel}; its state has other shapes than the parameters, which "
+            "are shared out; set optimizer: adamw, or parallel: ddp",
         )
 
     if config.eval_first and config.valid_path is None:

@@ -31,11 +31,18 @@ class StepPlan:
         """Steps in an epoch; the last one has fewer samples where they do not divide."""
         return -(-len(self._lengths) // self._step)
 
-    def samples(self, step: int) -> list[int]:
-        """Return the sample indices of a step, counted from 0 over all epochs."""
+    def samples(self, step: int, rank: int = 0, world_size: int = 1) -> list[int]:
+        """Return the sample indices of a step, counted from 0 over all epochs; of several ranks, this one's.
+
+        Which samples a step has does not depend on the ranks: these share them out so that each has about as many
+        tokens.
+        """
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         start = step_of_epoch * self._step
-        return self._permutation(epoch)[start : start + self._step].tolist()
+        samples = self._permutation(epoch)[start : start + self._step]
+        if world_size > 1:
+            samples = samples[_shares(self._lengths[samples], world_size) == rank]
+        return samples.tolist()
 
     def largest_steps(self) -> list[int]:
         """Return the first epoch's steps that need most memory: of most tokens, and with the longest sample."""
@@ -44,12 +51,27 @@ class StepPlan:
         sums, longest = np.add.reduceat(lengths, starts), np.maximum.reduceat(lengths, starts)
         return sorted({int(sums.argmax()), int(longest.argmax())})
 
-    def micro_batches(self, step: int) -> list[list[int]]:
-        """Return the sample indices of each padded micro-batch of a step."""
-        return _cut(np.array(self.samples(step), dtype=np.int64), self._lengths, self._micro_batch)
+    def micro_batches(self, step: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+        """Return the sample indices of each padded micro-batch of a step; of several ranks, this one's."""
+        return _cut(np.array(self.samples(step, rank, world_size), dtype=np.int64), self._lengths, self._micro_batch)
+
+    @property
+    def shortest(self) -> int:
+        """The index of the shortest sample."""
+        return int(self._lengths.argmin())
 
     def _draw(self, epoch: int) -> np.ndarray:
         return np.random.Generator(np.random.PCG64([self._seed, epoch])).permutation(len(self._lengths))
+
+
+def _shares(lengths: np.ndarray, world_size: int) -> np.ndarray:
+    """Give each sample a rank: the longest first, each to the rank with the fewest tokens so far."""
+    tokens = [0] * world_size
+    ranks = np.empty(len(lengths), dtype=np.int64)
+    for sample in np.argsort(-lengths, kind="stable"):
+        ranks[sample] = rank = min(range(world_size), key=tokens.__getitem__)
+        tokens[rank] += int(lengths[sample])
+    return ranks
 
 
 def evaluation_batches(lengths: Sequence[int] | np.ndarray, batch_size: int) -> list[list[int]]:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, Literal, NamedTuple
@@ -9,7 +11,7 @@ from typing import IO, Any, Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmforge.data.files import is_parquet, open_file, without_secrets
+from llmforge.data.files import can_be_cut, is_parquet, open_file, without_secrets
 from llmforge.data.formats import in_messages_form
 from llmforge.data.rows import RowLayout, RowProblem, shown
 from llmforge.errors import DataError
@@ -18,6 +20,7 @@ BLOCK_BYTES = 4 * 2**20
 MAX_LINE_BYTES = 64 * 2**20
 MAX_PARQUET_ROWS = 16_384
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+STEP_BACK = 64 * 2**10  # bytes read at once when looking for the start of a line
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +52,35 @@ def read_blocks(file: str, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
         kind: Literal["jsonl", "parquet"] = "parquet" if is_parquet(file) else "jsonl"
         pieces = _record_batches(stream, block_bytes) if is_parquet(file) else _lines(file, stream, block_bytes)
         for first_line, content in pieces:
-            digest = hashlib.blake2b(kind.encode() + b"\0" + content, digest_size=20).hexdigest()
-            yield Block(kind, without_secrets(file), first_line, content, digest)
+            yield Block(kind, without_secrets(file), first_line, content, _digest(kind, content))
+
+
+def count_chunks(file: str, block_bytes: int = BLOCK_BYTES) -> int | None:
+    """Return in how many chunks a file can be read, each for itself; None where it must be read from its start."""
+    if not can_be_cut(file):
+        return None
+    with open_file(file, in_order=False) as stream:
+        stream.seek(0, os.SEEK_END)
+        beyond_head = max(0, stream.tell() - len(BYTE_ORDER_MARK))
+    return math.ceil(beyond_head / block_bytes) + 1  # the last holds what follows the last newline
+
+
+def read_chunk(file: str, number: int, block_bytes: int = BLOCK_BYTES) -> Block | None:
+    """Read the block that ends in chunk `number` (from 0) of a file, without what stands before it.
+
+    It is a block that `read_blocks` gives, but for its `first_line`, which is 1: nobody has counted the lines before
+    it. None if no block ends there. Raises DataError as `read_blocks` does.
+    """
+    with open_file(file, in_order=False) as stream:
+        stream.seek(0, os.SEEK_END)
+        begin = min(len(BYTE_ORDER_MARK) + number * block_bytes, stream.tell())
+        stream.seek(begin)
+        chunk = _read_fully(stream, block_bytes)
+        whole, newline, _ = chunk.rpartition(b"\n")
+        if chunk and not newline:
+            return None
+        content = b"".join((_line_before(file, stream, begin), whole, newline))
+    return Block("jsonl", without_secrets(file), 1, content, _digest("jsonl", content)) if content else None
 
 
 def read_rows(files: Iterable[str], layout: RowLayout) -> Iterator[Row]:
@@ -91,6 +121,14 @@ def _json(text: bytes) -> Any:
         return RowProblem(f"not JSON that can be read: {shown(str(error))}, expected one object a line")
 
 
+def _too_long() -> str:
+    return f"is longer than {MAX_LINE_BYTES // 2**20} MB, expected one JSON object a line"
+
+
+def _digest(kind: str, content: bytes) -> str:
+    return hashlib.blake2b(kind.encode() + b"\0" + content, digest_size=20).hexdigest()
+
+
 def _lines(file: str, stream: IO[bytes], block_bytes: int) -> Iterator[tuple[int, bytes]]:
     """Cut at the last newline before each multiple of `block_bytes`, so that the cuts depend on the content alone."""
     line = 1
@@ -106,12 +144,33 @@ def _lines(file: str, stream: IO[bytes], block_bytes: int) -> Iterator[tuple[int
             rest += chunk
         if len(rest) > MAX_LINE_BYTES:
             raise DataError(
-                f"this line is longer than {MAX_LINE_BYTES // 2**20} MB, expected one JSON object a line",
+                f"this line {_too_long()}",
                 file=without_secrets(file),
                 line=line,
             )
     if rest:
         yield line, rest
+
+
+def _line_before(file: str, stream: IO[bytes], end: int) -> bytes:
+    """Return what stands between the last place before `end` where `_lines` may cut, and `end`."""
+    head = len(BYTE_ORDER_MARK)
+    pieces, length, start = [], 0, end
+    while start > head and length <= MAX_LINE_BYTES:
+        stop, start = start, max(head, start - STEP_BACK)
+        stream.seek(start)
+        _, newline, line = _read_fully(stream, stop - start).rpartition(b"\n")
+        pieces.append(line)
+        length += len(line)
+        if newline:
+            break
+    else:
+        stream.seek(0)
+        pieces.append(_read_fully(stream, min(head, end)).removeprefix(BYTE_ORDER_MARK))
+    before = b"".join(reversed(pieces))
+    if len(before) > MAX_LINE_BYTES:
+        raise DataError(f"a line {_too_long()}; it reaches beyond byte {end:,}", file=without_secrets(file))
+    return before
 
 
 def _read_fully(stream: IO[bytes], size: int) -> bytes:

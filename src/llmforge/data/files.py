@@ -28,7 +28,8 @@ PACKAGES = {
     "https": "aiohttp",
     "hf": "huggingface_hub",
 }
-REMOTE_READ_AHEAD = 8 * 2**20
+AHEAD = {"block_size": 8 * 2**20}  # of remote files
+BUCKETS = ("s3", "s3a", "gs", "gcs", "hf")  # give any part of a file; of web servers, not all do
 
 
 def find_files(paths: str | Sequence[str], relative_to: Path) -> list[str]:
@@ -51,8 +52,11 @@ def find_files(paths: str | Sequence[str], relative_to: Path) -> list[str]:
 
 
 @contextmanager
-def open_file(file: str) -> Iterator[IO[bytes]]:
-    """Open a file for reading, decompressed. Raises DataError when it cannot be opened or its compression is broken."""
+def open_file(file: str, *, in_order: bool = True) -> Iterator[IO[bytes]]:
+    """Open a file for reading, decompressed. Raises DataError when it cannot be opened or its compression is broken.
+
+    Without `in_order`, only what is asked for is fetched from a remote file, and nothing ahead.
+    """
     if not _is_url(file):
         with _readable(file), open(file, "rb") as stream, _decompressed(file, stream) as content:
             yield content
@@ -60,7 +64,7 @@ def open_file(file: str) -> Iterator[IO[bytes]]:
     with _readable(file):
         file_system, path = fsspec.core.url_to_fs(file)
         with (
-            file_system.open(path, "rb", block_size=REMOTE_READ_AHEAD) as stream,
+            file_system.open(path, "rb", **(AHEAD if in_order else {"cache_type": "none"})) as stream,
             _decompressed(file, stream) as content,
         ):
             yield content
@@ -77,6 +81,17 @@ def without_secrets(file: str) -> str:
 def is_parquet(file: str) -> bool:
     """Tell whether a file that `find_files` found is Parquet; all others are JSONL."""
     return without_secrets(file).lower().endswith(".parquet")
+
+
+def can_be_cut(file: str) -> bool:
+    """Tell whether any part of a file can be read without what is before it: plain JSONL, on disk or in a bucket."""
+    plain = without_secrets(file).lower().endswith((".jsonl", ".json"))
+    return plain and (is_local(file) or file.partition("://")[0].lower() in BUCKETS)
+
+
+def is_local(file: str) -> bool:
+    """Tell whether a file that `find_files` found is a path, and no URL."""
+    return not _is_url(file)
 
 
 def _is_url(path: str) -> bool:

@@ -5,6 +5,7 @@ nearly all of them are long stretches of 0 or 1. A checksum tells a damaged shar
 """
 
 import os
+import socket
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
@@ -191,7 +192,8 @@ def _write(shard: Shard, path: Path) -> None:
     batch = pa.record_batch(columns, ["line", "reason", "samples"])
     batch = batch.replace_schema_metadata({"version": str(SHARD_VERSION), "checksum": _checksum(shard)})
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Two machines that share the cache may have processes of the same number.
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             with pa.ipc.new_file(file, batch.schema) as writer:

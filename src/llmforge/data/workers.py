@@ -115,7 +115,7 @@ def serve() -> None:
             else:
                 answer = function(message)
         except Exception as error:
-            failure = _portable(error)
+            failure = portable(error)
         try:
             pickle.dump((answer, failure), answers)
             answers.flush()
@@ -123,7 +123,7 @@ def serve() -> None:
             os._exit(1)  # the parent died; a normal exit would complain about the pipe
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """Return the error with its trace as a note, or a RuntimeError with the same text where it cannot be pickled."""
     error.add_note("in a worker process:\n" + "".join(traceback.format_exception(error)))
     try:

@@ -113,7 +113,9 @@ class RunView:
 
     @property
     def memory(self) -> int:
-        """Bytes in use: the accelerator's, where the step event carries them, else this process's."""
+        """Bytes in use: the accelerator's or the largest worker's where steps say it, else this process's."""
+        if "workers" in self.last:
+            return max(worker["memory_bytes"] for worker in self.last["workers"])
         return self.last.get("memory_bytes") or psutil.Process().memory_info().rss
 
     def opening(self, fields: dict[str, Any]) -> Iterator[Line]:
@@ -375,6 +377,8 @@ class LiveDisplay:
             "tokens/s": f"{view.last['tokens_per_second']:,.0f}",
             "memory": memory(view.memory),
         }
+        if "workers" in view.last:
+            cells["tokens/s a worker"] = f"{view.last['tokens_per_second'] / len(view.last['workers']):,.0f}"
         if view.evaluation is not None and view.best is not None:
             cells["eval loss"] = loss(view.evaluation["eval_loss"])
             cells["best"] = f"{loss(view.best['eval_loss'])} @ {view.best['step']:,}"

@@ -18,9 +18,12 @@ from llmforge.atomic import output_error
 from llmforge.errors import DataError
 from llmforge.train.reporter import Reporter
 
+# What has happened up to these survives a power cut, as the checkpoint itself does.
+_LANDMARKS = ("checkpoint", "finished", "failed")
+
 
 class EventLog:
-    """Appends events to `events.jsonl`, each flushed when it happens.
+    """Appends events to `events.jsonl`, each handed to the system when it happens, and at landmarks to the disk.
 
     JSON has no NaN or infinity: such a value is written as null, and `non_finite` names it (`{"train_loss": "nan"}`).
     Raises OutputError when the file cannot be written.
@@ -45,6 +48,8 @@ class EventLog:
         try:
             # One write of the whole line: a kill leaves it whole or leaves an end that the next opening removes.
             self._file.write(line.encode("utf-8", "backslashreplace"))
+            if event in _LANDMARKS:
+                os.fsync(self._file.fileno())
         except OSError as error:
             raise output_error(error, self._path) from error
 
@@ -98,6 +103,32 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         event |= {name: float(value) for name, value in event.get("non_finite", {}).items() if name in event}
         events.append(event)
     return events
+
+
+class EventTail:
+    """Reads the events that are appended to a file from now on, by whichever process writes them."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = path.stat().st_size if path.is_file() else 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """Give the events since the last call; a line that is not whole yet comes later."""
+        if not self._path.is_file():
+            return []
+        with open(self._path, "rb") as file:
+            if os.fstat(file.fileno()).st_size < self._offset:  # a half line of a killed worker was cut off
+                self._offset = os.fstat(file.fileno()).st_size
+            file.seek(self._offset)
+            lines = file.read().split(b"\n")
+        whole = lines[:-1]
+        self._offset += sum(len(line) + 1 for line in whole)
+        events = []
+        for line in whole:
+            event = json.loads(line)
+            event |= {name: float(value) for name, value in event.pop("non_finite", {}).items() if name in event}
+            events.append(event)
+        return events
 
 
 class Reporters:

@@ -1,7 +1,7 @@
 """The life of a run in this process: prepares it, gives it a directory, trains, and records how it went."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,19 @@ from llmforge.jobs.loggers import check_logger, make_logger
 from llmforge.jobs.manifest import build_manifest, read_manifest, write_manifest
 from llmforge.jobs.run import Run, has_finished, load_run
 from llmforge.jobs.run_directory import RunDirectory
+from llmforge.jobs.stragglers import Stragglers
 from llmforge.models.source import ModelSource
-from llmforge.train.reporter import Reporter
+from llmforge.train.reporter import Reporter, Unheard
 
 if TYPE_CHECKING:
+    from llmforge.data.executors import Executor
     from llmforge.train.prepare import Preparation
     from llmforge.train.run import Result
 
 LOSS_CURVE = "loss_curve.png"
+
+Interrupting = AbstractContextManager[Callable[[], bool]]
+"""In it, an interrupt is remembered instead of raised; it gives the question whether one came."""
 
 Importing = Callable[[], AbstractContextManager[None]]
 """Makes a context in which torch and all that builds on it are imported."""
@@ -42,12 +47,15 @@ def finetune(
     *,
     dry_run: bool = False,
     allow_unproven: bool = False,
+    wait: bool = False,
     importing: Importing = nullcontext,
+    executor: "Executor | None" = None,
 ) -> Run | None:
     """Run the fine-tuning job that a config describes; with `dry_run` stop before the first step and leave nothing.
 
-    With `allow_unproven` the artifact is published even where it is not proven to serve what was trained. `importing`
-    is how a program of its own imports torch sooner than a library may.
+    With `allow_unproven` the artifact is published even where it is not proven to serve what was trained. With `wait`
+    a cluster that grows by itself is waited for. `importing` is how a program of its own imports torch sooner than a
+    library may; `executor` encodes the rows, by default on this machine.
 
     Raises:
         InputError: something given is wrong; nothing was trained.
@@ -56,7 +64,7 @@ def finetune(
     refuse_unavailable(loaded)
     # Before rows are encoded, which can take an hour: is there a place to write to?
     RunDirectory.check(Path(loaded.config.output_dir).expanduser(), loaded.config.custom_model_tag)
-    preparation = _prepare(loaded, audience, allow_unproven, importing)
+    preparation = _prepare(loaded, audience, allow_unproven, importing, executor)
     from llmforge.train.run import check_model
 
     needed = check_model(preparation)
@@ -64,27 +72,50 @@ def finetune(
     if dry_run:
         return _train(RunDirectory.at(Path(output.output_dir), output.tag), preparation, audience, dry_run=True)
     directory = RunDirectory.create(Path(output.output_dir), output.tag)
-    directory.require_free_space(needed)
-    write_atomically(directory.config, loaded.text)
-    preparation.train.dataset.ledger.write(directory.rows)
-    write_manifest(directory.manifest, _manifest(loaded, preparation))
-    # The last: with it a run can be resumed.
-    write_atomically(directory.resolved_config, redact(preparation.config.to_yaml()))
-    return _train(directory, preparation, audience, allow_unproven=allow_unproven)
+    with directory.lock():
+        RunDirectory.check(Path(output.output_dir), output.tag)  # again: another process may have had it in between
+        directory.require_free_space(needed)
+        write_atomically(directory.config, loaded.text)
+        preparation.train.dataset.ledger.write(directory.rows)
+        write_manifest(directory.manifest, _manifest(loaded, preparation))
+        # The last: with it a run can be resumed.
+        write_atomically(directory.resolved_config, redact(preparation.config.to_yaml()))
+        return _train(directory, preparation, audience, allow_unproven=allow_unproven, wait=wait)
 
 
 def resume(
-    run_dir: Path, audience: Audience, *, allow_unproven: bool = False, importing: Importing = nullcontext
+    run_dir: Path,
+    audience: Audience,
+    *,
+    allow_unproven: bool = False,
+    workers: int | None = None,
+    wait: bool = False,
+    importing: Importing = nullcontext,
+    executor: "Executor | None" = None,
 ) -> Run:
-    """Continue a run from its last checkpoint; its result is that of a run which never stopped.
+    """Continue a run from its last checkpoint that is whole; its result is that of a run which never stopped.
 
-    A run that has finished is given back as it is. If its artifact is gone, it is written again.
+    On another number of `workers` every step has the same examples as before; only rounding differs. A run that has
+    finished is given back as it is. If its artifact is gone, it is written again.
 
     Raises:
-        InputError: the directory holds no run, or its data or model have changed since.
+        InputError: the directory holds no run or another process trains it, or its data or model have changed since.
         RunError: the run failed again.
     """
     directory = RunDirectory.open(run_dir)
+    with directory.lock():
+        return _resume(directory, audience, allow_unproven, workers, wait, importing, executor)
+
+
+def _resume(
+    directory: RunDirectory,
+    audience: Audience,
+    allow_unproven: bool,
+    workers: int | None,
+    wait: bool,
+    importing: Importing,
+    executor: "Executor | None",
+) -> Run:
     if not directory.resolved_config.is_file():
         raise ConfigError(
             f"{directory.path} was stopped while it was being prepared and holds nothing to continue; delete it and "
@@ -94,14 +125,22 @@ def resume(
         audience.note(f"{directory.path} has finished already; there is nothing to continue")
         return load_run(directory.path)
     loaded = load_config(directory.resolved_config)
-    preparation = _prepare(loaded, audience, allow_unproven, importing)
+    preparation = _prepare(loaded, audience, allow_unproven, importing, executor)
     _refuse_changes(read_manifest(directory.manifest), _manifest(loaded, preparation), directory)
-    run = _train(directory, preparation, audience, resuming=True, allow_unproven=allow_unproven)
+    run = _train(
+        directory, preparation, audience, resuming=True, allow_unproven=allow_unproven, workers=workers, wait=wait
+    )
     assert run is not None
     return run
 
 
-def _prepare(loaded: LoadedConfig, audience: Audience, allow_unproven: bool, importing: Importing) -> "Preparation":
+def _prepare(
+    loaded: LoadedConfig,
+    audience: Audience,
+    allow_unproven: bool,
+    importing: Importing,
+    executor: "Executor | None",
+) -> "Preparation":
     for note in loaded.notes:
         audience.note(note)
     if loaded.config.logger is not None:
@@ -109,7 +148,7 @@ def _prepare(loaded: LoadedConfig, audience: Audience, allow_unproven: bool, imp
     with importing():  # torch and transformers come here, and not with the commands
         import llmforge.train.run  # noqa: F401 - which is needed next
         from llmforge.train.prepare import prepare_run
-    return prepare_run(loaded, audience, audience.progress, allow_unproven=allow_unproven)
+    return prepare_run(loaded, audience, audience.progress, allow_unproven=allow_unproven, executor=executor)
 
 
 def _train(
@@ -120,10 +159,12 @@ def _train(
     resuming: bool = False,
     dry_run: bool = False,
     allow_unproven: bool = False,
+    workers: int | None = None,
+    wait: bool = False,
 ) -> Run | None:
-    from llmforge.train.run import run
-
     if dry_run:
+        from llmforge.train.run import run
+
         reporter = Reporters([audience])
         run(
             preparation,
@@ -135,6 +176,77 @@ def _train(
             dry_run=True,
         )
         return None
+
+    devices = preparation.config.devices
+    if devices.on_ray or (workers or 1) > 1:
+        from llmforge.jobs.cluster import train_on_ray
+
+        train_on_ray(
+            directory,
+            devices,
+            audience,
+            workers=workers or devices.num_devices,
+            allow_unproven=allow_unproven,
+            wait=wait,
+        )
+        return load_run(directory.path)
+    metrics = _train_here(
+        directory,
+        preparation,
+        [audience],
+        interruptions=remember_interrupts,
+        resuming=resuming,
+        allow_unproven=allow_unproven,
+    )
+    return Run(directory.path, preparation.config.output.tag, metrics or {})
+
+
+def train_as_worker(
+    run_dir: Path, *, rank: int, allow_unproven: bool, interruptions: Callable[[Path], Interrupting]
+) -> None:
+    """Train a run that another process has prepared, as one of several workers.
+
+    Raises:
+        InputError, RunError: as `finetune`.
+    """
+    from llmforge.train.prepare import prepare_run
+    from llmforge.train.run import run
+
+    directory = RunDirectory.open(run_dir)
+    preparation = prepare_run(load_config(directory.resolved_config), Unheard(), allow_unproven=allow_unproven)
+    if rank == 0:
+        _train_here(
+            directory,
+            preparation,
+            [],
+            interruptions=lambda note: interruptions(run_dir),
+            resuming=True,
+            allow_unproven=allow_unproven,
+        )
+        return
+    run(
+        preparation,
+        checkpoints=directory.checkpoints,
+        artifact=directory.artifact,
+        reporter=Unheard(),
+        interruptions=lambda: interruptions(run_dir),
+        add_documents=lambda path, result: None,
+        resuming=True,
+        allow_unproven=allow_unproven,
+    )
+
+
+def _train_here(
+    directory: RunDirectory,
+    preparation: "Preparation",
+    audiences: Sequence[Reporter],
+    *,
+    interruptions: Callable[[Callable[[str], None]], Interrupting],
+    resuming: bool,
+    allow_unproven: bool,
+) -> dict[str, float]:
+    """Train in this process, and record how it goes; return the best checkpoint's metrics."""
+    from llmforge.train.run import run
 
     config = preparation.config
     with EventLog(directory.events) as events:
@@ -150,14 +262,15 @@ def _train(
                     run_dir=directory.path,
                 )
             )
-        reporter = Reporters([events, audience], loggers)
+        heard = Reporters([events, *audiences], loggers)
+        reporter = Reporters([heard, Stragglers(heard.note)])
         try:
             result = run(
                 preparation,
                 checkpoints=directory.checkpoints,
                 artifact=directory.artifact,
                 reporter=reporter,
-                interruptions=partial(remember_interrupts, reporter.note),
+                interruptions=partial(interruptions, reporter.note),
                 add_documents=partial(_add_documents, directory, preparation),
                 resuming=resuming,
                 allow_unproven=allow_unproven,
@@ -174,7 +287,7 @@ def _train(
             run_dir=str(directory.path),
             proven=result.proof.proven,
         )
-    return Run(directory.path, config.output.tag, result.metrics)
+    return result.metrics
 
 
 def _manifest(loaded: LoadedConfig, preparation: "Preparation") -> dict[str, Any]:

@@ -1,21 +1,26 @@
-"""The directory of one run: where each of its files lies, and whether there is a place and room for them.
+"""The directory of one run: where each of its files lies, whether there is a place and room for them, and who has it.
 
 It knows names and space, not contents: who writes a file decides what is in it.
 """
 
+import contextlib
 import errno
+import fcntl
 import os
 import re
 import secrets
 import shutil
+import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmforge.atomic import output_error, restore_replaced
+from llmforge.atomic import has_replaced, output_error, restore_replaced
 from llmforge.errors import InputError, OutputError
 
-_CONFIG, _MANIFEST = "config.yaml", "manifest.json"
+_CONFIG, _MANIFEST, _LOCK = "config.yaml", "manifest.json", "run.lock"
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary siblings need some of them
+_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,7 @@ class RunDirectory:
         if not os.access(existing, os.W_OK | os.X_OK):
             read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
             raise output_error(OSError(errno.EROFS if read_only else errno.EACCES, ""), existing)
-        if tag is not None and existing == path and any(path.iterdir()):
+        if tag is not None and existing == path and any(entry.name != _LOCK for entry in path.iterdir()):
             raise OutputError(
                 f"{path} already holds a run; continue it with `llmforge finetune --resume {path}`, "
                 "or give the new run another custom_model_tag"
@@ -70,8 +75,11 @@ class RunDirectory:
             raise InputError(f"{path} does not exist; give the directory of a run{_runs_beside(path)}")
         if _is_run(path):
             run = cls(path)
-            for parent in (run.path, run.checkpoints):
-                restore_replaced(parent)
+            places = [place for place in (run.path, run.checkpoints) if has_replaced(place)]
+            if places:
+                with contextlib.suppress(OutputError), run.lock():  # a process at work here is between renames itself
+                    for place in places:
+                        restore_replaced(place)
             return run
         if _is_run(path.parent):
             raise InputError(f"{path} lies inside a run; give the run's own directory, {path.parent}")
@@ -116,6 +124,31 @@ class RunDirectory:
         """The best model."""
         return self.path / "artifact"
 
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Have the run to oneself, so that no two processes train it at once. Readers need no lock.
+
+        The system gives the lock back when the process ends, however it ends; the file `run.lock` only says who has
+        it. On a file system that knows no locks there is none.
+        Raises OutputError, naming the process, when another one has it, or when nothing can be written here.
+        """
+        path = self.path / _LOCK
+        try:
+            descriptor = _lock(path)
+        except BlockingIOError:
+            raise OutputError(
+                f"{self.path} is being trained by {_holder(path)}; a run belongs to one process at a time. Wait until "
+                "it ends, or stop it with ctrl-C or SIGTERM and resume then"
+            ) from None
+        except OSError as error:
+            raise output_error(error, path) from error
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()  # while it is locked: whoever opened it before finds in `_lock` that it is gone
+            os.close(descriptor)
+
     def require_free_space(self, needed: int) -> None:
         """Raise OutputError unless the disk has room for `needed` bytes."""
         free = shutil.disk_usage(self.path).free
@@ -148,7 +181,40 @@ def _is_run(path: Path) -> bool:
     """Tell a run from a directory of the user's own that happens to hold a config.yaml."""
     if not (path / _CONFIG).is_file():
         return False
-    return (path / _MANIFEST).is_file() or all(child.name == _CONFIG or child.is_dir() for child in path.iterdir())
+    if (path / _MANIFEST).is_file() or (path / _LOCK).is_file():  # the lock's file: of one killed before its manifest
+        return True
+    return all(child.name == _CONFIG or child.is_dir() for child in path.iterdir())
+
+
+def _lock(path: Path) -> int:
+    """Lock a file, made where it is not there, and write into it who has it; give its descriptor.
+
+    Raises BlockingIOError when another process has it, OSError when the file cannot be made.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+        except FileNotFoundError:
+            pass  # whoever had it has just let go of it, and deleted it
+        except OSError as error:
+            if error.errno in _NO_LOCKS_HERE:
+                break
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    with contextlib.suppress(OSError):  # on a full disk, say: the lock holds without it
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return descriptor
+
+
+def _holder(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+    return "another process"
 
 
 def _nearest_directory(path: Path) -> Path:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-# The library is changed only for a clear gain: a run that is resumed measures again, and has to choose alike.
+# The library is changed only for a clear gain.
 WORTH = 1.3
 # How much larger its error may be. Another order of additions makes a factor of 2 or 3; bf16 makes 1000 and more.
 AS_EXACT = 8.0

@@ -56,7 +56,11 @@ class Head:
     """A model's output layer, whatever module it is, and what the model does with its output.
 
     While `selecting`, the layer is shown no place, and `take` gives what it would have been shown at the selected ones.
+    A head that `stays_whole` is shown the selected places, and the model's own logits are those of them: where each
+    rank holds a part of the layer, it is put together within the model's forward and backward passes only.
     """
+
+    stays_whole = False
 
     def __init__(self, module: torch.nn.Module, tail: Tail) -> None:
         self.module = module
@@ -114,6 +118,8 @@ class Head:
         if self._places is None:
             return None
         hidden_BTC = arguments[0]
+        if self.stays_whole:
+            return (hidden_BTC.flatten(0, 1).index_select(0, self._places)[None], *arguments[1:])
         self._hidden = hidden_BTC.flatten(0, 1).index_select(0, self._places)
         return (hidden_BTC[:1, :0].detach(), *arguments[1:])
 

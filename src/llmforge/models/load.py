@@ -267,11 +267,16 @@ def compile_layers(model: torch.nn.Module, options: Mapping[str, Any]) -> None:
     Args:
         options: of `torch.compile`. Unless it says otherwise lengths are taken as changing, else each is compiled anew.
     """
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) > 1]
-    layers = max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()), default=[model])
+    layers = layers_of(model) or [model]
     dynamic = True if options.get("dynamic") is None else options["dynamic"]
     for layer in layers:
         layer.compile(**{**options, "dynamic": dynamic})
+
+
+def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Give a model's layers: of its lists of modules, the one with most parameters; empty where it has no list."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) > 1]
+    return [*max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()), default=[])]
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

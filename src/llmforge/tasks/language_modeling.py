@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -45,6 +45,11 @@ class Batch:
     examples: int
     tokens: int
     trained_tokens: int
+    is_muted: bool = False
+
+    def muted(self) -> Self:
+        """Give a copy that is computed as this one is, with a loss and gradients of exactly 0."""
+        return replace(self, weight=0.0, examples=0, tokens=0, trained_tokens=0, is_muted=True)
 
     def to(self, device: torch.device) -> "Batch":
         """Copy the tensors to a device."""
@@ -81,6 +86,11 @@ class PackedBatch:
     examples: int
     tokens: int
     trained_tokens: int
+    is_muted: bool = False
+
+    def muted(self) -> Self:
+        """Give a copy that is computed as this one is, with a loss and gradients of exactly 0."""
+        return replace(self, weight=0.0, examples=0, tokens=0, trained_tokens=0, is_muted=True)
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Copy the tensors to a device."""
@@ -178,20 +188,23 @@ class LanguageModeling:
         """Sum the weighted cross-entropy of the trained tokens, in nats.
 
         Only trained places are turned into log-probabilities, in fp32 or wider; with the model's `head` only they go
-        through it.
+        through it. A muted batch gives a loss of 0 through which gradients of 0 flow: other ranks may wait for them.
         """
-        if not batch.weight:
+        if not batch.weight and not batch.is_muted:
             return Loss(torch.zeros((), device=batch.inputs()["input_ids"].device, requires_grad=True), 0.0)
         targets = batch.targets()
         with batch.attention():
-            if head is not None:
+            if head is None:
+                logits_SV = model(**batch.inputs(), use_cache=False).logits.flatten(0, 1)[targets.places_S]
+            else:
                 with head.selecting(targets.places_S):
-                    model(**batch.inputs(), use_cache=False)
-                return Loss(head.loss(targets.tokens_S, targets.weights_S), batch.weight)
-            logits_SV = model(**batch.inputs(), use_cache=False).logits.flatten(0, 1)[targets.places_S]
+                    logits_SV = model(**batch.inputs(), use_cache=False).logits.flatten(0, 1)
+                if not head.stays_whole:
+                    return Loss(head.loss(targets.tokens_S, targets.weights_S), batch.weight)
         logits_SV = logits_SV.to(torch.promote_types(logits_SV.dtype, torch.float32))
         losses_S = cross_entropy(logits_SV, targets.tokens_S, reduction="none")
-        return Loss((losses_S * targets.weights_S).sum(), batch.weight)
+        total = (losses_S * targets.weights_S).sum()
+        return Loss(total * 0.0 if batch.is_muted else total, batch.weight)
 
     def metrics(self, mean_loss: float) -> dict[str, float]:
         """Name what an evaluation reports for a mean loss in nats per weighted token."""

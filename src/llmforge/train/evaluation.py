@@ -30,6 +30,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Give the `metrics` of the mean loss over all batches, each weighted token counted once whatever the batching.
 
+    Args:
+        batches: this rank's.
+
     Raises:
         NonFiniteLossError: the mean loss is NaN or infinite.
     """
@@ -44,7 +47,8 @@ def evaluate(
             weight += loss.weight
     finally:
         model.train(was_training)
-    mean = backend.total(total) / backend.total(weight)
+    everyones = backend.gather([total, weight])
+    mean = sum(row[0] for row in everyones) / sum(row[1] for row in everyones)
     if not math.isfinite(mean):
         raise NonFiniteLossError(
             f"the loss on the validation data is {mean}, so the model's weights can be no good and no checkpoint was "

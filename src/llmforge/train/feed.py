@@ -26,6 +26,7 @@ class Feed:
 
     Args:
         batch_size: sequences of a padded micro-batch in training; a pack has at most as many tokens as they could have.
+        rank, world_size: which share of every step and evaluation is laid out.
     """
 
     def __init__(
@@ -38,7 +39,10 @@ class Feed:
         batch_size: int,
         context_length: int,
         device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
+        self._rank, self._world_size = rank, world_size
         self._task, self._data, self._plan, self._isolation = task, data, plan, isolation
         self._limit = batch_size * context_length
         self._wanted = min(self._limit, _CPU_PACK) if device.type == "cpu" else self._limit
@@ -47,22 +51,31 @@ class Feed:
     def step(self, index: int) -> MicroBatches:
         """Give the micro-batches of a step, counted from 0."""
         if self._isolation.packs:
-            return self.lay_out([self._data[i] for i in self._plan.samples(index)])
-        return [self._task.collate([self._data[i] for i in batch]) for batch in self._plan.micro_batches(index)]
+            return self.lay_out([self._data[i] for i in self._plan.samples(index, self._rank, self._world_size)])
+        batches = self._plan.micro_batches(index, self._rank, self._world_size)
+        return [self._task.collate([self._data[i] for i in batch]) for batch in batches]
+
+    def filler(self) -> Batch | PackedBatch:
+        """Give a small micro-batch that counts nothing, for a rank that has none left."""
+        return self.lay_out([self._data[self._plan.shortest]])[0].muted()
 
     def largest(self) -> Batch | PackedBatch:
         """Give the micro-batch of the first epoch that has the most places, as far as lengths tell."""
         candidates = [batch for index in self._plan.largest_steps() for batch in self.step(index)]
-        return max(candidates, key=lambda batch: batch.inputs()["input_ids"].numel())
+        return max(candidates, key=lambda batch: batch.inputs()["input_ids"].numel()) if candidates else self.filler()
 
     def evaluation(self, data: Dataset, batch_size: int) -> Iterator[Batch | PackedBatch]:
-        """Give every sample once, in padded rows of so many sequences or in packs."""
-        size = _EVALUATED_TOGETHER if self._isolation.packs else batch_size
-        for indices in evaluation_batches(data.lengths, size):
+        """Give every sample of this rank's share once, in padded rows of so many sequences or in packs."""
+        size = batch_size
+        if self._isolation.packs:
+            size = min(_EVALUATED_TOGETHER, -(-len(data) // self._world_size))
+        for indices in evaluation_batches(data.lengths, size)[self._rank :: self._world_size]:
             yield from self.lay_out([data[i] for i in indices])
 
     def lay_out(self, samples: Sequence[Sample]) -> MicroBatches:
         """Lay out any samples: as packs, or as one padded micro-batch."""
+        if not samples:
+            return []
         if not self._isolation.packs:
             return [self._task.collate(samples)]
         share = self._isolation.shares

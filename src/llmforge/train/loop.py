@@ -6,8 +6,10 @@ It knows no file, no device layout, no task and no config: all of that is in the
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
+import psutil
 import torch
 
 from llmforge.errors import Interrupted, NonFiniteLossError
@@ -50,7 +52,7 @@ def train(
             more evaluation could change which checkpoint is best.
 
     Raises:
-        NonFiniteLossError: loss or gradient norm is not finite; the update that they belong to was not made.
+        NonFiniteLossError: loss or gradient norm is not finite.
         Interrupted: `interrupted` said so, and everything up to here is in a checkpoint.
     """
     model.train()
@@ -61,22 +63,23 @@ def train(
         batches = micro_batches(index)
         weight = backend.total(sum(batch.weight for batch in batches))
         loss_sum = torch.zeros((), dtype=torch.float64, device=backend.device)
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
             with autocast():
                 loss = compute_loss(batch.to(backend.device))
-            backend.backward(loss.sum / weight)
+            backend.backward(loss.sum / weight, last=number == len(batches))
             loss_sum += loss.sum.detach()
+        busy = time.perf_counter() - began
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(index)
         norm = backend.clip(parameters, max_grad_norm)
         total, gradient_norm = torch.stack((loss_sum, norm.to(loss_sum))).tolist()  # the step's one wait for the device
         train_loss = backend.total(total) / weight
         _stop_if_not_finite(index + 1, train_loss, gradient_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = schedule(index)
         backend.step(optimizer)
 
         step = index + 1
         seconds = time.perf_counter() - began
-        tokens = backend.total(sum(batch.tokens for batch in batches))
+        workers = Workers.gather(backend, batches, busy)
         reporter.event(
             "step",
             step=step,
@@ -84,14 +87,15 @@ def train(
             train_loss=train_loss,
             learning_rate=schedule(index),
             grad_norm=gradient_norm,
-            examples=int(backend.total(sum(batch.examples for batch in batches))),
-            tokens=int(tokens),
-            trained_tokens=int(backend.total(sum(batch.trained_tokens for batch in batches))),
-            tokens_per_second=tokens / seconds,
+            examples=workers.examples,
+            tokens=workers.tokens,
+            trained_tokens=workers.trained_tokens,
+            tokens_per_second=workers.tokens / seconds,
             step_seconds=seconds,
             memory_bytes=_device_memory(backend.device),
+            **workers.fields(),
         )
-        stopping = interrupted()
+        stopping = bool(backend.total(float(interrupted())))  # one of the ranks is asked to, and all do
         if is_milestone(step):
             milestone(step)
         elif stopping:
@@ -100,12 +104,62 @@ def train(
             raise Interrupted(f"interrupted after step {step} of {last_step}; its checkpoint is written")
 
 
+@dataclass(frozen=True)
+class Workers:
+    """What each rank did in a step: a row of `_COLUMNS` for each, in the order of ranks."""
+
+    rows: Sequence[Sequence[float]]
+
+    @classmethod
+    def gather(cls, backend: Backend, batches: Sequence[Batch | PackedBatch], busy: float) -> Self:
+        """Put together what all ranks say; `busy` is how long this one computed, in seconds."""
+        counts = [sum(getattr(batch, name) for batch in batches) for name in ("examples", "tokens", "trained_tokens")]
+        memory = _device_memory(backend.device) or _own_memory()
+        return cls(backend.gather([*counts, busy, memory]))
+
+    @property
+    def examples(self) -> int:
+        return self._sum("examples")
+
+    @property
+    def tokens(self) -> int:
+        return self._sum("tokens")
+
+    @property
+    def trained_tokens(self) -> int:
+        return self._sum("trained_tokens")
+
+    def fields(self) -> dict[str, Any]:
+        """Give what an event says of each worker; nothing where there is only one."""
+        if len(self.rows) == 1:
+            return {}
+        each = [dict(zip(_COLUMNS, row, strict=True)) for row in self.rows]
+        return {
+            "workers": [
+                {
+                    "worker": rank,
+                    "tokens": int(row["tokens"]),
+                    "busy_seconds": row["busy_seconds"],
+                    "memory_bytes": int(row["memory_bytes"]),
+                }
+                for rank, row in enumerate(each)
+            ]
+        }
+
+    def _sum(self, name: str) -> int:
+        column = _COLUMNS.index(name)
+        return int(sum(row[column] for row in self.rows))
+
+
+_COLUMNS = ("examples", "tokens", "trained_tokens", "busy_seconds", "memory_bytes")
+
+
 def _stop_if_not_finite(step: int, loss: float, gradient_norm: float) -> None:
     if math.isfinite(loss) and math.isfinite(gradient_norm):
         return
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {gradient_norm}"
     raise NonFiniteLossError(
-        f"{what} at step {step}; the weights were not updated with it. Lower learning_rate, use dtype: fp32, or look "
+        f"{what} at step {step}; no checkpoint holds that update. Lower learning_rate, use dtype: fp32, or look "
         "at that step's rows; the run's last checkpoint is from before it"
     )
 
@@ -119,3 +173,7 @@ def _mix(seed: int, step: int, rank: int) -> int:
 
 def _device_memory(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def _own_memory() -> int:
+    return psutil.Process().memory_info().rss

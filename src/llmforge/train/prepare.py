@@ -24,6 +24,7 @@ from llmforge.data import RowLayout, RowProblem
 from llmforge.data.batches import StepPlan
 from llmforge.data.blocks import read_rows
 from llmforge.data.dataset import Dataset, PreparedData
+from llmforge.data.executors import Executor, encode_here
 from llmforge.data.files import find_files
 from llmforge.data.prepare import prepare
 from llmforge.errors import InputError, ModelError, NotAvailableError, PromptFormatError
@@ -92,12 +93,14 @@ def prepare_run(
     progress: Callable[[int], None] | None = None,
     *,
     allow_unproven: bool = False,
+    executor: Executor | None = None,
 ) -> Preparation:
     """Check and prepare everything that a run needs, short of loading weights.
 
     Args:
         progress: called with the number of rows prepared so far.
         allow_unproven: go on where the text side of the proof fails, saying so.
+        executor: encodes the rows; None: processes of this machine do.
 
     Raises:
         InputError: any of its kinds; says what was given, what is allowed and what to change.
@@ -148,6 +151,7 @@ def prepare_run(
             workers=config.data_workers,
             on_bad_row=config.on_bad_row,
             progress=progress,
+            executor=executor or encode_here,
         )
 
     train_rows = read(files)
@@ -164,10 +168,11 @@ def prepare_run(
 
     micro_batch = config.train_batch_size_per_device or derived["train_batch_size_per_device"].value
     accumulation = config.gradient_accumulation_steps or derived["gradient_accumulation_steps"].value
-    plan = StepPlan(train.dataset.lengths, micro_batch, accumulation, config.seed)
+    # Which examples make a step is settled by the config, on however many workers a resumed run goes on.
+    plan = StepPlan(train.dataset.lengths, micro_batch, accumulation * config.num_devices, config.seed)
     derived["num_epochs"] = derive.num_epochs(config.min_update_steps, plan.steps_per_epoch)
     total_steps = plan.steps_per_epoch * (config.num_epochs or derived["num_epochs"].value)
-    located = _located(config, files, valid_files, source, weights_source, adapter, cache_dir)
+    located = _located(config, relative_to, files, valid_files, source, weights_source, adapter, cache_dir)
     resolved = resolve(loaded, derived, located)
 
     if config.task is None and _has_assistant_turns(files, layout):
@@ -379,6 +384,7 @@ def _check_context_length(loaded: LoadedConfig, facts: ModelFacts) -> None:
 
 def _located(
     config: FineTuningConfig,
+    relative_to: Path,
     files: list[str],
     valid_files: list[str] | None,
     source: ModelSource,
@@ -394,6 +400,8 @@ def _located(
     }
     if config.cache_dir is not None:
         located["cache_dir"] = str(cache_dir)
+    if config.deepspeed is not None:
+        located["deepspeed"] = {"config_path": str(_deepspeed_config(config.deepspeed.config_path, relative_to))}
     if source.is_local:
         located["model_id"] = str(source.path)
     if config.initial_base_model_ckpt_path is not None and weights_source.is_local:
@@ -401,6 +409,16 @@ def _located(
     if adapter is not None and not isinstance(config.initial_adapter_model_ckpt_path, RepoId):
         located["initial_adapter_model_ckpt_path"] = str(adapter)
     return located
+
+
+def _deepspeed_config(given: str, relative_to: Path) -> Path:
+    """Find and check DeepSpeed's JSON, relative to the config file or to the working directory."""
+    from llmforge.train.backends.zero import read_config
+
+    candidates = [(base / Path(given).expanduser()).resolve() for base in (relative_to, Path.cwd())]
+    path = next((path for path in candidates if path.is_file()), candidates[0])
+    read_config(path)
+    return path
 
 
 def _absolute(file: str) -> str:
@@ -431,8 +449,10 @@ def _derive(
     derived["data_workers"] = derive.data_workers()
     derived["task"] = derive.Derived("causal_lm", "LLMForge's default")
     context_length = config.context_length or derived["context_length"].value
+    # Workers on a CPU share its memory.
+    sharing = config.num_devices if device.type == "cpu" else 1
     memory = derive.MemoryFacts(
-        available_bytes=free_memory(device),
+        available_bytes=free_memory(device) // sharing,
         hidden_size=facts.hidden_size,
         num_layers=facts.num_layers,
         vocab_size=facts.vocab_size,
@@ -449,8 +469,12 @@ def _derive(
     train_batch = config.train_batch_size_per_device or derived["train_batch_size_per_device"].value
     derived["eval_batch_size_per_device"] = derive.eval_batch_size(train_batch)
     derived["gradient_accumulation_steps"] = derive.gradient_accumulation_steps(
-        train_batch, chosen_by_user=config.train_batch_size_per_device is not None
+        train_batch,
+        chosen_by_user=config.train_batch_size_per_device is not None,
+        num_devices=config.num_devices,
     )
+    if config.deepspeed is None:
+        derived["parallel"] = derive.parallel(memory, context_length, config.num_devices)
     return derived, memory
 
 

@@ -51,7 +51,7 @@ def rehearse(
     model.train()
     with autocast():
         loss = compute_loss(largest.to(backend.device))
-    backend.backward(loss.sum / max(loss.weight, 1.0))
+    backend.backward(loss.sum / max(loss.weight, 1.0), last=False)
     optimizer.zero_grad(set_to_none=True)
     batch = evaluated()
     if batch is not None:
@@ -62,9 +62,11 @@ def rehearse(
     del held
     trial = checkpoints / ".step-trial"  # which `checkpoint.sweep` deletes, should the program be killed here
     try:
-        save_checkpoint(trial, step=0, model=model, optimizer=optimizer, metrics={})
+        state = backend.state(model, optimizer)
+        save_checkpoint(trial, step=0, state=state, metrics={}, rank=backend.rank, total=backend.total)
     finally:
-        shutil.rmtree(trial, ignore_errors=True)
+        if backend.rank == 0:
+            shutil.rmtree(trial, ignore_errors=True)
     places = largest.inputs()["input_ids"].numel()
     return (
         f"tried first what needs most memory: a micro-batch of {places:,} tokens, an evaluation and a checkpoint "

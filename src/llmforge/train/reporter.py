@@ -11,3 +11,13 @@ class Reporter(Protocol):
 
     def note(self, text: str) -> None:
         """Tell a person one thing, in one line."""
+
+
+class Unheard:
+    """The reporter of what has been said already, or is said by another worker."""
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Do nothing."""
+
+    def note(self, text: str) -> None:
+        """Do nothing."""

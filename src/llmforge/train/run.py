@@ -13,10 +13,14 @@ import torch
 
 from llmforge.atomic import write_atomically
 from llmforge.checkpoint import (
+    Checkpoint,
     best_checkpoint,
+    best_sound,
     delete_superseded,
+    last_sound,
     list_checkpoints,
-    load_checkpoint,
+    load_parameters,
+    most_on_disk,
     save_checkpoint,
     state_bytes,
     sweep,
@@ -39,7 +43,7 @@ from llmforge.models.adapter import (
 )
 from llmforge.models.arithmetic import choose_matmul, give_back_memory, keep_freed_memory
 from llmforge.models.causality import check_causal
-from llmforge.models.device import DTYPES, autocast, device_name
+from llmforge.models.device import DTYPES, autocast, device_name, free_memory
 from llmforge.models.fused_lora import fuse_lora
 from llmforge.models.fused_norm import fuse_norms
 from llmforge.models.head import Head, find_head
@@ -54,14 +58,14 @@ from llmforge.models.load import (
 from llmforge.models.quirks import mend
 from llmforge.models.tokens import make_room, train_new_rows
 from llmforge.tasks import Batch, LanguageModeling, PackedBatch
-from llmforge.train.backends import SingleDevice
+from llmforge.train.backends import Backend, make_backend
 from llmforge.train.evaluation import Autocast, evaluate
 from llmforge.train.feed import Ahead, Feed
 from llmforge.train.loop import train
 from llmforge.train.optimization import build_optimizer, build_schedule
 from llmforge.train.prepare import Preparation
 from llmforge.train.rehearsal import is_needed, rehearse
-from llmforge.train.reporter import Reporter
+from llmforge.train.reporter import Reporter, Unheard
 
 Interruptions = Callable[[], AbstractContextManager[Callable[[], bool]]]
 """Makes a context in which an interrupt is remembered instead of raised, and the question whether one came."""
@@ -96,7 +100,7 @@ def check_model(preparation: Preparation) -> int:
         if preparation.adapter is not None:
             check_continuation(skeleton, preparation.adapter)
         artifact = state_bytes(skeleton, 0)
-    return artifact + state_bytes(skeleton) * (config.checkpoint.num_checkpoints_to_keep + 2)
+    return artifact + state_bytes(skeleton) * most_on_disk(config.checkpoint.num_checkpoints_to_keep)
 
 
 def run(
@@ -116,7 +120,7 @@ def run(
     Args:
         checkpoints, artifact: directories to write to.
         add_documents: writes card and loss curve into the artifact.
-        resuming: continue from the last checkpoint in `checkpoints`.
+        resuming: continue from the last checkpoint in `checkpoints` that is whole.
         dry_run: stop before the first step, returning None.
         allow_unproven: publish the artifact even where its proof fails.
 
@@ -127,34 +131,30 @@ def run(
     """
     config = preparation.config
     keep_freed_memory()
-    choose_matmul(preparation.device)
-    torch.manual_seed(config.optimization.seed)  # a fresh adapter's weights
-    model, start = _load_model(preparation, reporter)
-    backend = SingleDevice(preparation.device)
-    model = backend.prepare(model)
-    fuse_lora(model)
-    if config.speed.torch_compile is None:  # which does the same for norms, and better
-        fuse_norms(model)
-    forward_context = autocast(preparation.device, config.speed.dtype)
-    with forward_context():
-        check_causal(model)
-        head = find_head(model)
-    isolation = _isolation(model, head, preparation, forward_context, reporter)
+    backend = _backend(preparation)
+    last_checkpoint = _last_checkpoint(checkpoints, backend, reporter, resuming=resuming)
+    _choose_matmul(backend, last_checkpoint)
+    ready = _ready(preparation, backend.device if not backend.shards else torch.device("cpu"), reporter)
+    model, start, head, forward_context = ready.model, ready.start, ready.head, ready.autocast
     parameters, trainable = count_parameters(model)
     tokenizer = preparation.encoder.tokenizer
     task = preparation.task(
         pad_token_id=tokenizer.pad_token_id or 0,
         pad_to=config.data.context_length if config.data.padding == "max_length" else None,
     )
+    if last_checkpoint is not None:
+        load_parameters(last_checkpoint, model)
+    model = backend.prepare(model)
     optimizer = build_optimizer(
         config.optimization.optimizer, model.named_parameters(), weight_decay=config.optimization.weight_decay
     )
+    model = backend.equip(model, optimizer)
     first_step = 0
-    sweep(checkpoints)
-    done = list_checkpoints(checkpoints)
-    if resuming and done:
-        load_checkpoint(done[-1], model=model, optimizer=optimizer)
-        first_step = done[-1].step
+    if last_checkpoint is not None:
+        backend.load(last_checkpoint, model, optimizer)
+        first_step = last_checkpoint.step
+    if head is not None:
+        head.stays_whole = backend.shards
     last_step, steps_per_epoch = preparation.total_steps, preparation.plan.steps_per_epoch
     if config.speed.torch_compile is not None:
         compile_layers(model, config.speed.torch_compile)
@@ -165,7 +165,7 @@ def run(
         "started",
         tag=config.output.tag,
         task=config.task.name,
-        devices=f"{device_name(preparation.device)}, {config.speed.dtype}",
+        devices=_devices(backend, config),
         rows=statistics.rows,
         samples=len(data),
         tokens=int(data.lengths.sum()),
@@ -188,10 +188,12 @@ def run(
         task,
         data,
         preparation.plan,
-        isolation,
+        ready.isolation,
         batch_size=config.optimization.train_batch_size_per_device,
         context_length=config.data.context_length,
-        device=preparation.device,
+        device=backend.device,
+        rank=backend.rank,
+        world_size=backend.world_size,
     )
     loss = partial(task.loss, model, head=head)
 
@@ -203,7 +205,7 @@ def run(
         metrics = evaluate(
             model,
             loss,
-            feed.evaluation(valid, config.checkpoint.eval_batch_size_per_device),
+            backend.rounds(feed.evaluation(valid, config.checkpoint.eval_batch_size_per_device), feed.filler),
             metrics=task.metrics,
             backend=backend,
             autocast=forward_context,
@@ -213,16 +215,24 @@ def run(
 
     def save(step: int, metrics: dict[str, float], *, only_to_resume: bool = False) -> None:
         saved = save_checkpoint(
-            checkpoints, step=step, model=model, optimizer=optimizer, metrics=metrics, only_to_resume=only_to_resume
+            checkpoints,
+            step=step,
+            state=backend.state(model, optimizer),
+            metrics=metrics,
+            only_to_resume=only_to_resume,
+            rank=backend.rank,
+            total=backend.total,
         )
-        existing = list_checkpoints(checkpoints)
-        reporter.event("checkpoint", step=step, path=str(saved.path), best=best_checkpoint(existing).step == step)
-        delete_superseded(existing, config.checkpoint.num_checkpoints_to_keep)
+        if backend.rank == 0:
+            existing = list_checkpoints(checkpoints)
+            reporter.event("checkpoint", step=step, path=str(saved.path), best=best_checkpoint(existing).step == step)
+            delete_superseded(existing, config.checkpoint.num_checkpoints_to_keep)
 
     def evaluated() -> Batch | PackedBatch | None:
         if preparation.valid is None:
             return None
-        return next(feed.evaluation(preparation.valid.dataset, config.checkpoint.eval_batch_size_per_device))
+        batches = feed.evaluation(preparation.valid.dataset, config.checkpoint.eval_batch_size_per_device)
+        return next(batches, None) or feed.filler()
 
     with (
         interruptions() as interrupted,
@@ -230,7 +240,8 @@ def run(
         Ahead(feed.step, last_step) as micro_batches,
     ):
         largest = feed.largest()
-        if is_needed(preparation.device, largest.inputs()["input_ids"].numel(), preparation.fitting_tokens):
+        needed = is_needed(backend.device, largest.inputs()["input_ids"].numel(), preparation.fitting_tokens)
+        if backend.total(float(needed)) and backend.undoes:
             tried = rehearse(
                 model,
                 loss,
@@ -247,7 +258,7 @@ def run(
         train(
             model,
             loss,
-            micro_batches=micro_batches,
+            micro_batches=lambda index: backend.even(micro_batches(index), feed.filler),
             optimizer=optimizer,
             schedule=build_schedule(
                 config.optimization.lr_scheduler_type,
@@ -269,10 +280,23 @@ def run(
             interrupted=interrupted,
         )
 
-    give_back_memory()
-    best = best_checkpoint(list_checkpoints(checkpoints))
-    if best.step != last_step:
-        load_checkpoint(best, model=model, optimizer=None)
+    if backend.rank:
+        return None  # what is left to do is done once
+    best = best_sound(checkpoints, in_memory=-1 if backend.shards else last_step, note=reporter.note)
+    if backend.shards:
+        del model, loss, head, ready, backend
+        optimizer.param_groups.clear()
+        optimizer.state.clear()
+        give_back_memory()
+        ready = _ready(preparation, _roomy(preparation), Unheard())  # everything has been said of this model
+        model, start, head, forward_context = ready.model, ready.start, ready.head, ready.probing
+        load_parameters(best, model)
+        loss = partial(task.loss, model, head=head)
+    else:
+        give_back_memory()
+        if best.step != last_step:
+            load_parameters(best, model)
+    device = next(model.parameters()).device
     native = preparation.facts.native_context_length or LONGEST_PROBE
     began = time.perf_counter()
     recording = record(
@@ -285,7 +309,7 @@ def run(
         start=start,
         dtype=config.speed.dtype,
         longest=min(LONGEST_PROBE, native),
-        device=preparation.device,
+        device=device,
         autocast=forward_context,
     )
     proof_seconds = preparation.proof_seconds + time.perf_counter() - began
@@ -293,10 +317,10 @@ def run(
     result: Result | None = None
 
     def finish(directory: Path) -> None:
-        nonlocal model, optimizer, loss, head, result
-        del model, optimizer, loss, head  # the proof loads the artifact, and two models may not fit
+        nonlocal model, optimizer, loss, head, ready, result
+        del model, optimizer, loss, head, ready  # the proof loads the artifact, and two models may not fit
         began = time.perf_counter()
-        proof = _prove(preparation, directory, recording, task)
+        proof = _prove(preparation, directory, recording, task, device)
         trained = training_record(directory, recording, task=task, dtype=config.speed.dtype, stop=preparation.stop)
         text = proof.to_json(trained)
         seconds = proof_seconds + time.perf_counter() - began
@@ -330,7 +354,9 @@ def run(
     return result
 
 
-def _prove(preparation: Preparation, directory: Path, recording: Recording, task: LanguageModeling) -> Proof:
+def _prove(
+    preparation: Preparation, directory: Path, recording: Recording, task: LanguageModeling, device: torch.device
+) -> Proof:
     """Prove an artifact: its text side as it lies on disk, and its weights against what the trained model computed."""
     config = preparation.config
     text = prove_text(
@@ -347,13 +373,96 @@ def _prove(preparation: Preparation, directory: Path, recording: Recording, task
         recording,
         dtype=config.speed.dtype,
         weights_dtype=DTYPES[config.speed.dtype],
-        device=preparation.device,
-        autocast=autocast(preparation.device, config.speed.dtype),
+        device=device,
+        autocast=autocast(device, config.speed.dtype),
         trust_remote_code=config.model.trust_remote_code,
         allow_pickle_weights=config.model.allow_pickle_weights,
     )
     findings = [*recording.findings, *text.findings, *weights.findings]
     return Proof({**text.sections, **weights.sections}, findings, [*weights.remarks])
+
+
+def _last_checkpoint(checkpoints: Path, backend: Backend, reporter: Reporter, *, resuming: bool) -> Checkpoint | None:
+    """Give the checkpoint to go on from, if there is one; the first rank looks at them, and tidies up."""
+    step = -1
+    if backend.rank == 0:
+        sweep(checkpoints)
+        found = last_sound(checkpoints, reporter.note) if resuming else None
+        step = -1 if found is None else found.step
+    step = int(backend.total(float(step) if backend.rank == 0 else 0.0))
+    return next((checkpoint for checkpoint in list_checkpoints(checkpoints) if checkpoint.step == step), None)
+
+
+def _choose_matmul(backend: Backend, checkpoint: Checkpoint | None) -> None:
+    """Multiply fp32 matrices as the run did before, else as the first rank finds best: ranks and resumed runs agree."""
+    if backend.device.type != "cpu":
+        return
+    chosen = None if checkpoint is None else checkpoint.matmul
+    if chosen is None:
+        found = choose_matmul(backend.device) if backend.rank == 0 else None
+        wanted = backend.total(float(found is not None and found.precision == "medium"))
+        chosen = "medium" if wanted else "highest"
+    torch.set_float32_matmul_precision(chosen)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A model with all that is computed with it; `start` is an adapter's `starting_point`.
+
+    It may be probed on another device than it is trained on; each has its context for forward passes.
+    """
+
+    model: Any
+    start: dict[str, torch.Tensor]
+    head: Head | None
+    isolation: Isolation
+    probing: Autocast
+    autocast: Autocast
+
+
+def _ready(preparation: Preparation, device: torch.device, reporter: Reporter) -> _Ready:
+    """Load the model whole, on one device, and find out how it is to be run."""
+    config = preparation.config
+    torch.manual_seed(config.optimization.seed)  # a fresh adapter's weights
+    model, start = _load_model(preparation, reporter)
+    model.to(device)
+    fuse_lora(model)
+    if config.speed.torch_compile is None:  # which does the same for norms, and better
+        fuse_norms(model)
+    probing = autocast(device, config.speed.dtype)
+    with probing():
+        check_causal(model)
+        head = find_head(model)
+    isolation = _isolation(model, head, preparation, probing, reporter)
+    return _Ready(model, start, head, isolation, probing, autocast(preparation.device, config.speed.dtype))
+
+
+def _backend(preparation: Preparation) -> Backend:
+    """Make the backend that the config names, of the ranks that are there."""
+    devices, optimization = preparation.config.devices, preparation.config.optimization
+    return make_backend(
+        devices.parallel,
+        preparation.device,
+        bf16=preparation.config.speed.dtype == "bf16",
+        offload=devices.fsdp_cpu_offload,
+        deepspeed=None if devices.deepspeed_config_path is None else Path(devices.deepspeed_config_path),
+        micro_batch=optimization.train_batch_size_per_device,
+        max_grad_norm=optimization.max_grad_norm,
+        hidden_size=preparation.facts.hidden_size,
+    )
+
+
+def _devices(backend: Backend, config: ResolvedConfig) -> str:
+    """Name the devices of a run, and how they share the work."""
+    name = f"{device_name(backend.device)}, {config.speed.dtype}"
+    return name if backend.world_size == 1 else f"{backend.world_size} × {name}, {config.devices.parallel}"
+
+
+def _roomy(preparation: Preparation) -> torch.device:
+    """Give the device on which a whole model fits: training shared it out."""
+    device, facts = preparation.device, preparation.facts
+    parameters = 12 * facts.num_layers * facts.hidden_size**2 + 2 * facts.vocab_size * facts.hidden_size
+    return device if free_memory(device) > 6 * parameters else torch.device("cpu")
 
 
 @contextmanager
@@ -410,6 +519,8 @@ def _load_model(preparation: Preparation, reporter: Reporter) -> tuple[Any, dict
             attention = "flash_attention_2"
         else:
             reporter.note("flash_attention_2 needs a CUDA GPU and the flash-attn package; PyTorch's attention is used")
+    if (config.speed.liger_kernel or {}).get("enabled"):
+        reporter.note("liger_kernel: not used; llmforge's own loss in chunks and fused layers do that work")
     model = load_base_model(
         preparation.weights_source,
         dtype=DTYPES["fp32" if config.adapter is None else config.speed.dtype],
