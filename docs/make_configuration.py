@@ -27,8 +27,8 @@ and the nearest valid name; see them all at once with `llmforge validate --confi
 * `llmforge schema` prints the JSON Schema, with which editors complete and check the file.
 
 Not in this version, and refused in plain words by `finetune` (`validate --config-only` accepts them): the tasks
-`classification`, `preference_tuning` and `vision_language`, `quantization`, and a `context_length` above the model's
-own.
+`classification`, `preference_tuning` and `vision_language`, `quantization`, a `cache_dir` in a bucket, and a
+`context_length` above the model's own.
 
 This page is written by `python docs/make_configuration.py` from the schema.
 """

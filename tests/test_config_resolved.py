@@ -184,7 +184,7 @@ def test_any_text_survives_the_round_trip(
         ("classifier_config: {label_tokens: [a, b]}", "classifier_config"),
         ("preference_tuning_config: {}", "preference_tuning_config"),
         ("vision_language_config: {}", "vision_language_config"),
-        ("output_dir: s3://bucket/runs", "output_dir"),
+        ("cache_dir: s3://bucket/cache", "cache_dir"),
         ("lora_config: {init_lora_weights: eva}", "lora_config.init_lora_weights"),
         ("lora_config: {megatron_core: a}", "lora_config.megatron_core"),
     ],

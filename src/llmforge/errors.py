@@ -8,7 +8,8 @@
     │   ├── ConversationError        messages that no prompt format can render
     │   ├── PromptFormatError        a format or chat template that cannot be used for what was asked
     │   ├── ModelError               a model, tokenizer or adapter that cannot be used
-    │   └── OutputError              a place to write to that cannot be written to
+    │   ├── OutputError              a place to write to that cannot be written to
+    │   └── BucketError              a place in a bucket that cannot be reached, read or written
     └── RunError                     the run itself failed (exit code 1)
         ├── NonFiniteLossError       the loss or the gradient became NaN or infinite
         ├── ProofError               what would be served is not what was trained
@@ -68,6 +69,10 @@ class ModelError(InputError):
 
 class OutputError(InputError):
     """A directory that cannot be written to, or a disk without room."""
+
+
+class BucketError(InputError):
+    """A directory in a bucket that cannot be reached, read or written."""
 
 
 class RunError(LlmforgeError):

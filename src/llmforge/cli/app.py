@@ -41,10 +41,13 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, nested ones with dots. Repeatable."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run, or of an artifact.")]
+RunPath = Annotated[
+    str, typer.Argument(metavar="RUN", help="Directory of a run or of an artifact; local, s3:// or gs://.")
+]
 DefaultMode = Annotated[bool, typer.Option("--default", help="Choose everything but the model and the data.")]
 Resume = Annotated[
-    Path | None, typer.Option("--resume", metavar="RUN_DIR", help="Continue a run from its last checkpoint.")
+    str | None,
+    typer.Option("--resume", metavar="RUN_DIR", help="Continue a run from its last checkpoint; local, s3:// or gs://."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Stop before the first step.")]
 AllowUnproven = Annotated[
@@ -94,7 +97,7 @@ def finetune(
     _finetune(config, overrides, default, resume, num_devices, dry_run, allow_unproven, as_json)
 
 
-def _check_start(config: Path | None, resume: Path | None, changes: bool, num_devices: int | None) -> None:
+def _check_start(config: Path | None, resume: str | None, changes: bool, num_devices: int | None) -> None:
     if (config is None) == (resume is None):
         raise InputError("give either CONFIG, to start a run, or --resume RUN_DIR, to continue one")
     if resume is not None and changes:
@@ -107,7 +110,7 @@ def _finetune(
     config: Path | None,
     overrides: list[str] | None,
     default: bool,
-    resume: Path | None,
+    resume: str | None,
     num_devices: int | None,
     dry_run: bool,
     allow_unproven: bool,
@@ -154,6 +157,7 @@ def _finetune(
                 "artifact_dir": str(run.artifact_dir),
                 "tag": run.tag,
                 "metrics": run.metrics,
+                **({} if run.url is None else {"url": run.url}),
             }
         )
         print(json.dumps(result))

@@ -48,15 +48,8 @@ def _refuse(loaded: LoadedConfig, requests: list[tuple[str, str]]) -> None:
 
 def _requests(loaded: LoadedConfig) -> Iterator[tuple[str, str]]:
     config = loaded.config
-    for key, path in (
-        ("model_id", config.model_id),
-        ("initial_base_model_ckpt_path", config.initial_base_model_ckpt_path),
-        ("initial_adapter_model_ckpt_path", config.initial_adapter_model_ckpt_path),
-        ("cache_dir", config.cache_dir),
-        ("output_dir", config.output_dir),
-    ):
-        if isinstance(path, str) and path.startswith(("s3://", "gs://")):
-            yield key, f"given {path}; buckets are not available here in this version; give a local path"
+    if config.cache_dir is not None and config.cache_dir.startswith(("s3://", "gs://")):
+        yield "cache_dir", f"given {config.cache_dir}; the cache is on a local disk always; give a local path"
 
     sections = [key for key in TASK_SECTIONS if key in config.model_fields_set]
     for key in sections:

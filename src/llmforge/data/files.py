@@ -14,20 +14,11 @@ from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
 import fsspec
 import pyarrow as pa
 
+from llmforge.bucket import PACKAGES
 from llmforge.errors import DataError
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
 ALLOWED = "JSONL (.jsonl or .json, one object a line, also .gz and .zst) or Parquet (.parquet)"
-# fsspec protocol → what to install when its package is missing
-PACKAGES = {
-    "s3": "llmforge[s3]",
-    "s3a": "llmforge[s3]",
-    "gs": "llmforge[gcs]",
-    "gcs": "llmforge[gcs]",
-    "http": "aiohttp",
-    "https": "aiohttp",
-    "hf": "huggingface_hub",
-}
 AHEAD = {"block_size": 8 * 2**20}  # of remote files
 BUCKETS = ("s3", "s3a", "gs", "gcs", "hf")  # give any part of a file; of web servers, not all do
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llmforge.errors import InputError
 from llmforge.jobs.manifest import read_manifest
-from llmforge.jobs.run import find_artifact
+from llmforge.jobs.run import find_artifact, local_directory
 from llmforge.jobs.run_directory import RunDirectory, safe_name
 
 
@@ -19,7 +19,7 @@ class Exported:
     notes: list[str]
 
 
-def export(run: Path, format: str, to: Path, *, dtype: str | None = None, name: str | None = None) -> Exported:
+def export(run: str | Path, format: str, to: Path, *, dtype: str | None = None, name: str | None = None) -> Exported:
     """Export the model of a run directory or of an artifact directory.
 
     Args:
@@ -40,6 +40,7 @@ def export(run: Path, format: str, to: Path, *, dtype: str | None = None, name: 
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"given --dtype {dtype}; allowed are {', '.join(DTYPES)}")
     artifact = find_artifact(run)
+    run = local_directory(run)
     if to.resolve().is_relative_to(artifact.resolve()):
         raise InputError(f"{to} lies in the model that is exported, {artifact}; give a place outside it as --to")
     directory = run.resolve()

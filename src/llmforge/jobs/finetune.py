@@ -1,19 +1,23 @@
 """The life of a run in this process: prepares it, gives it a directory, trains, and records how it went."""
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llmforge.atomic import write_atomically
+from llmforge.bucket import bucket_url
 from llmforge.config import LoadedConfig, load_config, refuse_unavailable
 from llmforge.errors import ConfigError
 from llmforge.jobs.events import EventLog, Reporters, read_events, redact
 from llmforge.jobs.interruptions import remember_interrupts
 from llmforge.jobs.loggers import check_logger, make_logger
 from llmforge.jobs.manifest import build_manifest, read_manifest, write_manifest
+from llmforge.jobs.mirror import Mirror
 from llmforge.jobs.run import Run, has_finished, load_run
 from llmforge.jobs.run_directory import RunDirectory
 from llmforge.jobs.stragglers import Stragglers
@@ -63,28 +67,35 @@ def finetune(
     """
     refuse_unavailable(loaded)
     # Before rows are encoded, which can take an hour: is there a place to write to?
-    RunDirectory.check(Path(loaded.config.output_dir).expanduser(), loaded.config.custom_model_tag)
+    if bucket_url(loaded.config.output_dir):
+        Mirror.check(loaded.config)
+    else:
+        RunDirectory.check(Path(loaded.config.output_dir).expanduser(), loaded.config.custom_model_tag)
     preparation = _prepare(loaded, audience, allow_unproven, importing, executor)
     from llmforge.train.run import check_model
 
     needed = check_model(preparation)
     output = preparation.config.output
+    mirror = Mirror.of(output.output_dir, output.tag, Path(preparation.config.data.cache_dir))
+    parent = Path(output.output_dir) if mirror is None else mirror.directory.parent
     if dry_run:
-        return _train(RunDirectory.at(Path(output.output_dir), output.tag), preparation, audience, dry_run=True)
-    directory = RunDirectory.create(Path(output.output_dir), output.tag)
+        return _train(RunDirectory.at(parent, output.tag), preparation, audience, dry_run=True)
+    if mirror is not None:
+        mirror.claim()
+    directory = RunDirectory.create(parent, output.tag)
     with directory.lock():
-        RunDirectory.check(Path(output.output_dir), output.tag)  # again: another process may have had it in between
-        directory.require_free_space(needed)
+        RunDirectory.check(parent, output.tag)  # again: another process may have had it in between
+        directory.require_free_space(needed, key="output_dir" if mirror is None else "cache_dir")
         write_atomically(directory.config, loaded.text)
         preparation.train.dataset.ledger.write(directory.rows)
         write_manifest(directory.manifest, _manifest(loaded, preparation))
         # The last: with it a run can be resumed.
         write_atomically(directory.resolved_config, redact(preparation.config.to_yaml()))
-        return _train(directory, preparation, audience, allow_unproven=allow_unproven, wait=wait)
+        return _train(directory, preparation, audience, mirror=mirror, allow_unproven=allow_unproven, wait=wait)
 
 
 def resume(
-    run_dir: Path,
+    run_dir: str | Path,
     audience: Audience,
     *,
     allow_unproven: bool = False,
@@ -96,19 +107,22 @@ def resume(
     """Continue a run from its last checkpoint that is whole; its result is that of a run which never stopped.
 
     On another number of `workers` every step has the same examples as before; only rounding differs. A run that has
-    finished is given back as it is. If its artifact is gone, it is written again.
+    finished is given back as it is. If its artifact is gone, it is written again. `run_dir` may be in a bucket; then
+    what is missing here is downloaded first.
 
     Raises:
         InputError: the directory holds no run or another process trains it, or its data or model have changed since.
         RunError: the run failed again.
     """
-    directory = RunDirectory.open(run_dir)
+    mirror = Mirror.to_resume(run_dir, audience.note)
+    directory = RunDirectory.open(Path(run_dir) if mirror is None else mirror.directory)
     with directory.lock():
-        return _resume(directory, audience, allow_unproven, workers, wait, importing, executor)
+        return _resume(directory, mirror, audience, allow_unproven, workers, wait, importing, executor)
 
 
 def _resume(
     directory: RunDirectory,
+    mirror: Mirror | None,
     audience: Audience,
     allow_unproven: bool,
     workers: int | None,
@@ -122,13 +136,23 @@ def _resume(
             "start the run again from its YAML file"
         )
     if has_finished(directory):
+        if mirror is not None:
+            mirror.finish()
         audience.note(f"{directory.path} has finished already; there is nothing to continue")
-        return load_run(directory.path)
-    loaded = load_config(directory.resolved_config)
+        return replace(load_run(directory.path), url=None if mirror is None else mirror.url)
+    overrides = () if mirror is None else (f"cache_dir={json.dumps(str(mirror.cache_dir))}",)
+    loaded = load_config(directory.resolved_config, overrides)
     preparation = _prepare(loaded, audience, allow_unproven, importing, executor)
     _refuse_changes(read_manifest(directory.manifest), _manifest(loaded, preparation), directory)
     run = _train(
-        directory, preparation, audience, resuming=True, allow_unproven=allow_unproven, workers=workers, wait=wait
+        directory,
+        preparation,
+        audience,
+        mirror=mirror,
+        resuming=True,
+        allow_unproven=allow_unproven,
+        workers=workers,
+        wait=wait,
     )
     assert run is not None
     return run
@@ -156,6 +180,7 @@ def _train(
     preparation: "Preparation",
     audience: Audience,
     *,
+    mirror: Mirror | None = None,
     resuming: bool = False,
     dry_run: bool = False,
     allow_unproven: bool = False,
@@ -177,6 +202,11 @@ def _train(
         )
         return None
 
+    audiences: list[Reporter] = [audience]
+    if mirror is not None:
+        audiences.append(mirror)  # behind the events, which it uploads
+        mirror.tell = audience.note
+        mirror.try_upload()
     devices = preparation.config.devices
     if devices.on_ray or (workers or 1) > 1:
         from llmforge.jobs.cluster import train_on_ray
@@ -184,21 +214,25 @@ def _train(
         train_on_ray(
             directory,
             devices,
-            audience,
+            Reporters(audiences),
             workers=workers or devices.num_devices,
             allow_unproven=allow_unproven,
             wait=wait,
         )
-        return load_run(directory.path)
-    metrics = _train_here(
-        directory,
-        preparation,
-        [audience],
-        interruptions=remember_interrupts,
-        resuming=resuming,
-        allow_unproven=allow_unproven,
-    )
-    return Run(directory.path, preparation.config.output.tag, metrics or {})
+        metrics = load_run(directory.path).metrics
+    else:
+        metrics = _train_here(
+            directory,
+            preparation,
+            audiences,
+            interruptions=remember_interrupts,
+            place=str(directory.path) if mirror is None else mirror.url,
+            resuming=resuming,
+            allow_unproven=allow_unproven,
+        )
+    if mirror is not None:
+        mirror.finish()
+    return Run(directory.path, preparation.config.output.tag, metrics, None if mirror is None else mirror.url)
 
 
 def train_as_worker(
@@ -220,6 +254,7 @@ def train_as_worker(
             preparation,
             [],
             interruptions=lambda note: interruptions(run_dir),
+            place=str(run_dir),
             resuming=True,
             allow_unproven=allow_unproven,
         )
@@ -242,10 +277,15 @@ def _train_here(
     audiences: Sequence[Reporter],
     *,
     interruptions: Callable[[Callable[[str], None]], Interrupting],
+    place: str,
     resuming: bool,
     allow_unproven: bool,
 ) -> dict[str, float]:
-    """Train in this process, and record how it goes; return the best checkpoint's metrics."""
+    """Train in this process, and record how it goes; return the best checkpoint's metrics.
+
+    Args:
+        place: where a person finds the run.
+    """
     from llmforge.train.run import run
 
     config = preparation.config
@@ -276,15 +316,15 @@ def _train_here(
                 allow_unproven=allow_unproven,
             )
         except BaseException as error:
-            reporter.event("failed", error=redact(str(error) or type(error).__name__), run_dir=str(directory.path))
+            reporter.event("failed", error=redact(str(error) or type(error).__name__), run_dir=place)
             raise
         assert result is not None
         reporter.event(
             "finished",
             best_step=result.best_step,
             metrics=result.metrics,
-            artifact_path=str(directory.artifact),
-            run_dir=str(directory.path),
+            artifact_path=f"{place}/{directory.artifact.name}",
+            run_dir=place,
             proven=result.proof.proven,
         )
     return result.metrics

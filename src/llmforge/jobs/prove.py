@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llmforge.atomic import write_atomically
 from llmforge.config import LoadedConfig, load_config
 from llmforge.errors import ConversationError, DataError, InputError, PromptFormatError
-from llmforge.jobs.run import find_artifact
+from llmforge.jobs.run import find_artifact, local_directory
 from llmforge.jobs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Proven:
     proof: "Proof"
 
 
-def prove(path: Path, *, data: Sequence[str] = ()) -> Proven:
+def prove(path: str | Path, *, data: Sequence[str] = ()) -> Proven:
     """Prove an artifact again and write its `proof.json`.
 
     Args:
@@ -153,14 +153,15 @@ def check_prompts(loaded: LoadedConfig) -> "tuple[Proof, list[str]]":
     return prepare_run(loaded, notes, allow_unproven=True).text_proof, notes.lines
 
 
-def _find_artifact(path: Path) -> Path:
+def _find_artifact(path: str | Path) -> Path:
     """Find an artifact by its format or, where that was lost since, by its weights and the record of its training.
 
     Raises:
         InputError: there is none.
     """
-    if (path / "proof.json").is_file() and any(path.glob("*.safetensors")):
-        return path
+    local = local_directory(path)
+    if (local / "proof.json").is_file() and any(local.glob("*.safetensors")):
+        return local
     try:
         return find_artifact(path)
     except InputError as error:

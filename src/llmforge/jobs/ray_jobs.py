@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from llmforge.bucket import bucket_url
 from llmforge.config import LoadedConfig, load_config, refuse_unavailable
 from llmforge.config.section import RepoId
 from llmforge.errors import ConfigError, InputError, Interrupted, RunError
@@ -76,7 +77,7 @@ def submit_finetune(
     config: Path | None,
     overrides: Sequence[str],
     default: bool,
-    resume: Path | None,
+    resume: str | None,
     flags: Sequence[str],
     *,
     address: str | None = None,
@@ -98,9 +99,9 @@ def submit_finetune(
     if missing:
         raise InputError(f"--env {missing[0]}: this variable is not set here")
     if config is None:
-        if resume is None or not resume.is_absolute():
+        if resume is None or not (bucket_url(resume) or Path(resume).is_absolute()):
             raise InputError(f"--resume {resume}: a job runs elsewhere; give the absolute path of the run's directory")
-        arguments = ["--resume", str(resume)]
+        arguments = ["--resume", resume]
     else:
         loaded = load_config(config, overrides, default)
         refuse_unavailable(loaded)

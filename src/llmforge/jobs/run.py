@@ -6,8 +6,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmforge.bucket import bucket_url
 from llmforge.errors import InputError
 from llmforge.jobs.events import read_events
+from llmforge.jobs.mirror import download_run
 from llmforge.jobs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -17,11 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """A training run on disk. The model is loaded when it is first asked something."""
+    """A training run on disk. The model is loaded when it is first asked something.
+
+    `url` is where it lies in a bucket, if it does; `run_dir` is its local copy then.
+    """
 
     run_dir: Path
     tag: str
     metrics: dict[str, float] = field(default_factory=dict)
+    url: str | None = None
 
     @property
     def artifact_dir(self) -> Path:
@@ -52,19 +58,30 @@ class Run:
 
 
 def load_run(run_dir: str | Path) -> Run:
-    """Open a finished run.
+    """Open a finished run; one in a bucket is downloaded to the cache, without its checkpoints.
 
     Raises:
         InputError: the directory is no run, or the run has not finished.
     """
-    directory = RunDirectory.open(Path(run_dir))
+    url = bucket_url(run_dir)
+    directory = RunDirectory.open(local_directory(run_dir))
     if not has_finished(directory):
+        place = url or directory.path
         raise InputError(
-            f"{directory.path} has not finished, so there is no model yet; continue it with "
-            f"llmforge finetune --resume {directory.path}"
+            f"{place} has not finished, so there is no model yet; continue it with llmforge finetune --resume {place}"
         )
     last = {event["event"]: event for event in read_events(directory.events)}
-    return Run(directory.path, last["started"]["tag"], last["finished"]["metrics"])
+    return Run(directory.path, last["started"]["tag"], last["finished"]["metrics"], url)
+
+
+def local_directory(place: str | Path) -> Path:
+    """Give the local directory of a run or of an artifact; one in a bucket is downloaded to the cache first.
+
+    Raises:
+        InputError: there is neither in the bucket, or it cannot be read.
+    """
+    url = bucket_url(place)
+    return Path(place) if url is None else download_run(url)
 
 
 def has_finished(directory: RunDirectory) -> bool:
@@ -74,20 +91,22 @@ def has_finished(directory: RunDirectory) -> bool:
     return any(event["event"] == "finished" for event in read_events(directory.events))
 
 
-def find_artifact(path: Path) -> Path:
+def find_artifact(path: str | Path) -> Path:
     """Give the artifact that a path means: an artifact directory itself, or that of a finished run.
 
     Raises:
         InputError: it is neither.
     """
-    if (path / "prompt_format.yaml").is_file():
-        return path
+    local = local_directory(path)
+    if (local / "prompt_format.yaml").is_file():
+        return local
     return load_run(path).artifact_dir
 
 
-def load_engine(path: Path) -> "Engine":
+def load_engine(path: str | Path) -> "Engine":
     """Load the model of an artifact directory or of a finished run."""
     from llmforge.serve.engine import Engine
 
-    artifact = find_artifact(path)
-    return Engine.load(artifact) if artifact == path else load_run(path).engine
+    local = local_directory(path)
+    artifact = find_artifact(local)
+    return Engine.load(artifact) if artifact == local else load_run(local).engine

@@ -149,13 +149,13 @@ class RunDirectory:
                 path.unlink()  # while it is locked: whoever opened it before finds in `_lock` that it is gone
             os.close(descriptor)
 
-    def require_free_space(self, needed: int) -> None:
-        """Raise OutputError unless the disk has room for `needed` bytes."""
+    def require_free_space(self, needed: int, *, key: str = "output_dir") -> None:
+        """Raise OutputError unless the disk has room for `needed` bytes; `key` says what put the directory there."""
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise OutputError(
                 f"this run needs {_gigabytes(needed)} for its checkpoints and artifact, and the disk that holds "
-                f"{self.path} has {_gigabytes(free)} free; free some space, set output_dir to a larger disk, "
+                f"{self.path} has {_gigabytes(free)} free; free some space, set {key} to a larger disk, "
                 "or lower num_checkpoints_to_keep"
             )
 

@@ -16,7 +16,7 @@ QUOTES = '"""'
 HELP = f"Type a message (several lines between {QUOTES}); /clear starts over, /exit ends."
 
 
-def chat(path: Path, *, system: str | None, options: Mapping[str, Any]) -> None:
+def chat(path: str | Path, *, system: str | None, options: Mapping[str, Any]) -> None:
     """Read messages from stdin and stream the model's answers to stdout, until the input ends.
 
     Raises:
@@ -73,7 +73,9 @@ def _messages(interactive: bool) -> Iterator[str]:
             yield text
 
 
-def generate(path: Path, source: str, target: Path, *, batch_size: int, base: bool, options: Mapping[str, Any]) -> int:
+def generate(
+    path: str | Path, source: str, target: Path, *, batch_size: int, base: bool, options: Mapping[str, Any]
+) -> int:
     """Answer each row of a JSONL file and write the rows with their answer as `generated`; return their number.
 
     A trailing assistant message, as validation data have it, is what the model is asked for, not part of the prompt.

@@ -1,4 +1,7 @@
-"""Finds a model's files: a local directory, a GGUF file or a hub repository. It checks them and loads no weights."""
+"""Finds a model's files: a local directory, a GGUF file, a place in a bucket or a hub repository.
+
+It checks them and loads no weights.
+"""
 
 import hashlib
 import json
@@ -8,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmforge.errors import ModelError, NotAvailableError
+from llmforge.bucket import bucket_url, origin_of_copy
+from llmforge.config import derive
+from llmforge.errors import ModelError
+from llmforge.models.bucket_models import download_from_bucket
 from llmforge.models.hub import download
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -40,6 +46,11 @@ class ModelSource:
         if self.gguf_file is not None:
             return self.directory / self.gguf_file
         return self.converted_from or self.directory
+
+    @property
+    def url(self) -> str | None:
+        """The place in a bucket that the files were downloaded from; None where they came from elsewhere."""
+        return bucket_url(self.name)
 
     @property
     def load_options(self) -> dict[str, Any]:
@@ -77,33 +88,47 @@ def find_model(
     allow_pickle_weights: Sequence[str] = (),
     trust_remote_code: bool = False,
     weights: bool = True,
+    cache_dir: Path | None = None,
 ) -> ModelSource:
-    """Find a model's files, downloading them from the hub if `model_id` names a repository.
+    """Find a model's files, downloading them if `model_id` names a repository on the hub or a place in a bucket.
 
     Args:
-        model_id: a directory, a `.gguf` file, or a hub id such as `org/name`.
+        model_id: a directory, a `.gguf` file, either of them in a bucket, or a hub id such as `org/name`.
         key: the config key that the name came from, for errors.
         relative_to: the config file's directory; relative paths are looked for there, then in the working directory.
         revision: branch, tag or commit on the hub.
         allow_pickle_weights: names of pickle files that the config allows to be loaded.
         trust_remote_code: whether the repository's own Python files are wanted.
         weights: whether weights are wanted; without them a directory may hold a tokenizer alone.
+        cache_dir: where files from buckets are kept; None is the platform's cache.
 
     Raises:
         ModelError: nothing usable is there; says what was found and what to change.
     """
-    if model_id.startswith(("s3://", "gs://")):
-        raise NotAvailableError(
-            f"{key}: {model_id} is in a bucket; base weights from buckets are not available in this version. "
-            "Download the directory and give its local path"
-        )
-    for directory in (relative_to, Path.cwd()):
+    url, digest = bucket_url(model_id), None
+    for directory in () if url else (relative_to, Path.cwd()):
         path = (directory / Path(model_id).expanduser()).resolve()
         if path.is_file():
             return _gguf_source(model_id, path, key)
         if path.is_dir():
             pickles = check_weights(path, key=key, allow_pickle_weights=allow_pickle_weights) if weights else ()
             return ModelSource(model_id, path, pickles=pickles)
+    if url is None and (origin := origin_of_copy(Path(model_id))) is not None:
+        url, digest = origin  # the copy of another machine, or one that was deleted
+    if url is not None:
+        path = download_from_bucket(
+            url,
+            key=key,
+            cache_dir=cache_dir or Path(derive.cache_dir().value),
+            code=trust_remote_code,
+            pickles=allow_pickle_weights,
+            weights=weights,
+            digest=digest,
+        )
+        if path.is_file():
+            return _gguf_source(model_id, path, key)
+        pickles = check_weights(path, key=key, allow_pickle_weights=allow_pickle_weights) if weights else ()
+        return ModelSource(model_id, path, pickles=pickles)
     if model_id.startswith((".", "/", "~")) or model_id.endswith(".gguf") or not HUB_ID.fullmatch(model_id):
         raise ModelError(
             f"{key}: there is no file or directory {model_id} (looked in {relative_to} and in the working directory). "

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from llmforge.bucket import bucket_url
 from llmforge.config import LoadedConfig, derive
 from llmforge.config.capabilities import refuse_unavailable
 from llmforge.config.load import Origin
@@ -31,6 +32,7 @@ from llmforge.errors import InputError, ModelError, NotAvailableError, PromptFor
 from llmforge.export.artifact import build_generation_config, write_text_side
 from llmforge.export.proof import Proof
 from llmforge.export.prove_text import ROWS, Row, prove_text
+from llmforge.models.bucket_models import download_from_bucket
 from llmforge.models.device import best_dtype, find_device, free_memory
 from llmforge.models.hub import download
 from llmforge.models.load import ModelFacts, as_plain_directory, load_tokenizer, read_facts
@@ -291,6 +293,7 @@ def _find_model(loaded: LoadedConfig) -> ModelSource:
         revision=config.revision,
         allow_pickle_weights=config.allow_pickle_weights,
         trust_remote_code=config.trust_remote_code,
+        cache_dir=_cache_dir(config),
     )
     return as_plain_directory(source, _cache_dir(config))
 
@@ -345,6 +348,7 @@ def _initial_weights(config: FineTuningConfig, source: ModelSource, relative_to:
         relative_to=relative_to,
         allow_pickle_weights=config.allow_pickle_weights,
         trust_remote_code=config.trust_remote_code,
+        cache_dir=_cache_dir(config),
     )
     weights = as_plain_directory(found, _cache_dir(config))
     ours, theirs = (read_facts(s, trust_remote_code=config.trust_remote_code) for s in (source, weights))
@@ -364,6 +368,8 @@ def _initial_adapter(config: FineTuningConfig, relative_to: Path) -> Path | None
     key = "initial_adapter_model_ckpt_path"
     if isinstance(given, RepoId):
         directory = download(given.repo_id, key=key)
+    elif url := bucket_url(given):
+        directory = download_from_bucket(url, key=key, cache_dir=_cache_dir(config))
     else:
         candidates = [(base / Path(given).expanduser()).resolve() for base in (relative_to, Path.cwd())]
         directory = next((path for path in candidates if path.is_dir()), candidates[0])
@@ -396,17 +402,18 @@ def _located(
     located: dict[str, Any] = {
         "train_path": [_absolute(file) for file in files],
         "valid_path": None if valid_files is None else [_absolute(file) for file in valid_files],
-        "output_dir": str(Path(config.output_dir).expanduser().resolve()),
+        "output_dir": bucket_url(config.output_dir) or str(Path(config.output_dir).expanduser().resolve()),
     }
     if config.cache_dir is not None:
         located["cache_dir"] = str(cache_dir)
     if config.deepspeed is not None:
         located["deepspeed"] = {"config_path": str(_deepspeed_config(config.deepspeed.config_path, relative_to))}
-    if source.is_local:
+    if source.is_local and source.url is None:
         located["model_id"] = str(source.path)
-    if config.initial_base_model_ckpt_path is not None and weights_source.is_local:
+    if config.initial_base_model_ckpt_path is not None and weights_source.is_local and weights_source.url is None:
         located["initial_base_model_ckpt_path"] = str(weights_source.path)
-    if adapter is not None and not isinstance(config.initial_adapter_model_ckpt_path, RepoId):
+    initial_adapter = config.initial_adapter_model_ckpt_path
+    if adapter is not None and not (isinstance(initial_adapter, RepoId) or bucket_url(initial_adapter or "")):
         located["initial_adapter_model_ckpt_path"] = str(adapter)
     return located
 

@@ -1,0 +1,376 @@
+"""Keeps a run's directory in a bucket: the run works in a local directory, and what changes there is uploaded.
+
+The order of uploads and deletions makes a kill at any moment leave the bucket with the old state or the new one. A
+checkpoint counts when its `state.json` is there, a run has finished when its `events.jsonl` says so, and a run can be
+continued once its `resolved_config.yaml` is there: each comes behind what it speaks for.
+"""
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmforge.bucket import BucketDirectory, Entry, bucket_url, copy_to_cache, local_parts, url_of_parts
+from llmforge.config import derive
+from llmforge.config.schema import FineTuningConfig
+from llmforge.errors import BucketError, InputError, OutputError
+from llmforge.jobs.run_directory import safe_name
+
+STATE = "state.json"  # of a checkpoint; `llmforge.checkpoint` writes it, and importing that would import torch
+CONFIG, MANIFEST, RESOLVED, EVENTS = "config.yaml", "manifest.json", "resolved_config.yaml", "events.jsonl"
+CHECKPOINTS, ARTIFACT = "checkpoints/", "artifact/"
+_STAGING = "staging"
+_STEP = re.compile(r"checkpoints/step-(\d{6,})/")
+_FINISHED = b'{"event": "finished"'
+_TAIL = 1 << 16  # bytes of the events that are looked through for the last one
+_ATTEMPTS_AT_THE_END = 2  # of a run that failed or was interrupted: somebody waits
+
+
+class Mirror:
+    """A run's directory in a bucket, and the local one that stands for it while the run works.
+
+    It is a reporter: it uploads when it hears of a checkpoint. While the run goes on, an outage is told once and does
+    not stop it.
+    """
+
+    def __init__(self, url: str, cache_dir: Path) -> None:
+        self.url = url
+        self.cache_dir = cache_dir
+        self.bucket = BucketDirectory(url)
+        self.directory = cache_dir.joinpath(_STAGING, *local_parts(url))
+        self.tell: Callable[[str], None] = lambda text: None
+        self._told = False
+        self._uploaded: dict[str, tuple[int, int, Entry]] = {}  # name → size, time of change, and what the store said
+
+    @classmethod
+    def of(cls, output_dir: str, tag: str, cache_dir: Path) -> "Mirror | None":
+        """Give the mirror of a run of this tag; None where `output_dir` is local."""
+        url = bucket_url(output_dir)
+        return None if url is None else cls(f"{url}/{safe_name(tag)}", cache_dir)
+
+    @staticmethod
+    def check(config: FineTuningConfig) -> None:
+        """Find out whether the bucket is there and can be written to, and whether the tag, if it is known, is free.
+
+        Raises OutputError.
+        """
+        url = bucket_url(config.output_dir)
+        assert url is not None
+        cache_dir = Path(config.cache_dir or derive.cache_dir().value).expanduser().resolve()
+        try:
+            BucketDirectory(url).check_writable()
+        except BucketError as error:
+            raise OutputError(f"output_dir: {error}") from error
+        if config.custom_model_tag is not None:
+            Mirror(f"{url}/{safe_name(config.custom_model_tag)}", cache_dir).claim()
+
+    def claim(self) -> None:
+        """Check that no run is there yet, in the bucket or locally; clear away the copy of one that was deleted there.
+
+        Raises OutputError.
+        """
+        try:
+            there = self.bucket.entries()
+        except BucketError as error:
+            raise OutputError(f"output_dir: {error}") from error
+        if there:
+            raise OutputError(
+                f"{self.url} already holds a run; continue it with `llmforge finetune --resume {self.url}`, or give "
+                "the new run another custom_model_tag"
+            )
+        if self._marker.is_file():
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self._marker.unlink()
+        if self.directory.is_dir() and any(self.directory.iterdir()):
+            raise OutputError(
+                f"{self.directory} still holds the local copy of an earlier run that was to be mirrored to {self.url}, "
+                f"where there is none. Continue it with `llmforge finetune --resume {self.directory}`, delete it, or "
+                "give the new run another custom_model_tag"
+            )
+
+    @classmethod
+    def to_resume(cls, place: str | Path, note: Callable[[str], None]) -> "Mirror | None":
+        """Bring the local copy of a run up to the bucket's state; None where `place` is a run of its own on this disk.
+
+        Where the copy is ahead of the bucket, as after an outage, it stays as it is. `place` may also be that copy;
+        then the bucket need not be there.
+
+        Raises:
+            InputError: there is no run, or the local copy is of another one.
+            BucketError: the bucket cannot be read.
+        """
+        url = bucket_url(place)
+        if url is None:
+            mirror = cls._of_copy(Path(place))
+            if mirror is None:
+                return None
+            try:
+                mirror._fetch()
+            except BucketError as error:
+                note(f"{error}; the run goes on from its local copy")
+            return mirror
+        bucket = BucketDirectory(url)
+        try:
+            mirror = cls(url, _cache_dir(bucket, bucket.entries()))
+            mirror._fetch()
+        except BucketError as error:
+            copy = cls(url, Path(derive.cache_dir().value)).directory
+            if not (copy / RESOLVED).is_file():
+                raise
+            raise BucketError(
+                f"{error}. The run's local copy can go on without it: llmforge finetune --resume {copy}"
+            ) from error
+        return mirror
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Upload what there is when a checkpoint was written or the run failed."""
+        if event == "checkpoint":
+            self.try_upload()
+        elif event == "failed":
+            with self.bucket.trying(_ATTEMPTS_AT_THE_END):
+                self.try_upload()
+
+    def note(self, text: str) -> None:
+        """Do nothing: notes are among the events that are uploaded."""
+
+    def try_upload(self) -> None:
+        """Upload what changed; where the bucket cannot be had, say so, once, and leave it to the next time."""
+        try:
+            self.upload()
+        except (BucketError, OSError) as error:
+            if not self._told:
+                self._told = True
+                self.tell(
+                    f"{error}. The run goes on in {self.directory}; what the bucket lacks is uploaded with the next "
+                    "checkpoint, or at the end"
+                )
+
+    def finish(self) -> None:
+        """Upload the rest of a finished run.
+
+        Raises OutputError, saying where the run is and how to go on, where the bucket cannot be had.
+        """
+        try:
+            self.upload()
+        except BucketError as error:
+            raise OutputError(
+                f"the run has finished, but {self.url} could not be written: {error}. Nothing is lost: all of it is in "
+                f"{self.directory}. When the bucket can be had again, `llmforge finetune --resume {self.directory}` "
+                f"uploads the rest (on this machine, so does --resume {self.url})"
+            ) from error
+        self._marker.touch()
+
+    def upload(self) -> None:
+        """Make the bucket hold what the local directory holds.
+
+        Raises BucketError; what was there before is then still there, and still whole.
+        """
+        there = self.bucket.entries()
+        here = _files(self.directory)
+        changed = [name for name in sorted(here, key=_turn) if not self._is_there(name, here[name], there)]
+        # A checkpoint that is written over with another content is none until it is whole again.
+        steps = {step[0] for name in changed if (step := _STEP.match(name)) and not name.endswith(f"/{STATE}")}
+        self.bucket.delete(f"{step}{STATE}" for step in sorted(steps) if f"{step}{STATE}" in there)
+        changed += [f"{step}{STATE}" for step in steps if f"{step}{STATE}" in here]
+        for name in sorted(set(changed), key=_turn):
+            path = here[name]
+            before = path.stat()
+            self._uploaded[name] = (before.st_size, before.st_mtime_ns, self.bucket.upload(path, name))
+        self.bucket.delete(_superseded(here, there))
+
+    def _is_there(self, name: str, path: Path, there: Mapping[str, Entry]) -> bool:
+        now = path.stat()
+        size, changed, entry = self._uploaded.get(name, (-1, -1, None))
+        if (size, changed) == (now.st_size, now.st_mtime_ns):
+            return there.get(name) == entry
+        if not self.bucket.holds(name, there.get(name), path):
+            return False
+        self._uploaded[name] = (now.st_size, now.st_mtime_ns, there[name])
+        return True
+
+    def _fetch(self) -> None:
+        """Download the state of the run, unless the local copy is at least as far."""
+        there = self.bucket.entries()
+        here = _files(self.directory)
+        if not there and RESOLVED in here:
+            return
+        if CONFIG not in there:
+            raise InputError(
+                f"{self.url} is not the directory of a run (it has no {CONFIG}); give the place of a run, such as "
+                f"{self.url.rpartition('/')[0]}/NAME"
+            )
+        if RESOLVED in here and RESOLVED in there and self.bucket.read(RESOLVED) != here[RESOLVED].read_bytes():
+            raise InputError(
+                f"{self.directory} is the local copy of another run that was to be mirrored to {self.url}; move or "
+                "delete it"
+            )
+        has_finished = self._has_finished(there)
+        position_there = (has_finished, max(_whole(there), default=-1))
+        position_here = (
+            _FINISHED in here[EVENTS].read_bytes() and (self.directory / ARTIFACT).is_dir()
+            if EVENTS in here
+            else False,
+            max(_whole(here), default=-1),
+        )
+        if RESOLVED in here and position_here >= position_there:
+            return
+        wanted = {
+            name: entry
+            for name, entry in there.items()
+            if not name.startswith(CHECKPOINTS) and (has_finished or not name.startswith(ARTIFACT)) and name != RESOLVED
+        }
+        self._download(wanted)
+        whole = _whole(there)
+        for step in () if has_finished else sorted(whole):  # the newest last: a copy that has it has everything
+            self._download_checkpoint(whole[step], there)
+        self._download({RESOLVED: there[RESOLVED]} if RESOLVED in there else {})
+        for path in self.directory.glob(f"{CHECKPOINTS}*"):
+            if f"{CHECKPOINTS}{path.name}/" not in whole.values():
+                shutil.rmtree(path, ignore_errors=True)
+        if not has_finished:
+            shutil.rmtree(self.directory / ARTIFACT, ignore_errors=True)
+
+    def _download_checkpoint(self, folder: str, there: Mapping[str, Entry]) -> None:
+        state = f"{folder}{STATE}"
+        rest = {name: there[name] for name in there if name.startswith(folder) and name != state}
+        if self._missing(rest):
+            (self.directory / state).unlink(missing_ok=True)
+            self._download(rest)
+        self._download({state: there[state]})
+
+    def _download(self, entries: Mapping[str, Entry]) -> None:
+        """Download files that are not here as they are there."""
+        try:
+            self.bucket.download_all(self._missing(entries), self.directory)
+        except OSError as error:
+            raise OutputError(
+                f"{self.url} cannot be copied to {self.directory} ({error.strerror or type(error).__name__}); free "
+                "some space there"
+            ) from error
+
+    def _missing(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        return {
+            name: entry
+            for name, entry in entries.items()
+            if not (self.directory / name).is_file() or not self.bucket.holds(name, entry, self.directory / name)
+        }
+
+    def _has_finished(self, there: Mapping[str, Entry]) -> bool:
+        events = there.get(EVENTS)
+        if events is None or not any(name.startswith(ARTIFACT) for name in there):
+            return False
+        return _FINISHED in self.bucket.read(EVENTS, max(0, events.size - _TAIL), events.size)
+
+    @property
+    def _marker(self) -> Path:
+        """A file beside the local copy that says: the run has finished, and the bucket has all of it."""
+        return self.directory.with_name(f".{self.directory.name}.mirrored")
+
+    @classmethod
+    def _of_copy(cls, path: Path) -> "Mirror | None":
+        parts = path.expanduser().resolve().parts
+        for place in range(len(parts) - 3, 0, -1):
+            if parts[place - 1] == _STAGING and bucket_url(url := url_of_parts(parts[place:])) == url:
+                return cls(url, Path(*parts[: place - 1]))
+        return None
+
+
+def download_run(url: str) -> Path:
+    """Give a local copy of a run in a bucket, without its checkpoints, or of an artifact.
+
+    Raises:
+        InputError: there is neither.
+        BucketError: the bucket cannot be read.
+    """
+    directory = BucketDirectory(url)
+    if url.endswith(f"/{ARTIFACT.rstrip('/')}"):  # the run around it says how its model is to be loaded
+        run = BucketDirectory(url.rpartition("/")[0])
+        entries = run.entries()
+        if RESOLVED in entries:
+            return _copy(run, entries) / ARTIFACT
+    entries = directory.entries()
+    if CONFIG not in entries and "prompt_format.yaml" not in entries and "proof.json" not in entries:
+        raise InputError(f"{url} holds neither a run nor an artifact; give the place of one")
+    return _copy(directory, entries)
+
+
+def _copy(directory: BucketDirectory, entries: Mapping[str, Entry]) -> Path:
+    wanted = {name: entry for name, entry in entries.items() if not name.startswith(CHECKPOINTS)}
+    cache_dir = Path(derive.cache_dir().value)
+    try:
+        return copy_to_cache(directory, wanted, wanted, cache_dir)
+    except OSError as error:
+        raise OutputError(
+            f"{directory.url} cannot be stored in the cache {cache_dir} ({error.strerror or type(error).__name__}); "
+            "free some space there, or set XDG_CACHE_HOME to another place"
+        ) from error
+
+
+def _cache_dir(bucket: BucketDirectory, there: Mapping[str, Entry]) -> Path:
+    """Give the cache that a run was started with, if this machine has a place for it, and this machine's own if not."""
+    own = Path(derive.cache_dir().value)
+    if RESOLVED not in there:
+        return own
+    try:
+        given = yaml.safe_load(bucket.read(RESOLVED)).get("cache_dir")
+        origins = json.loads(bucket.read(MANIFEST)).get("origins", {}) if MANIFEST in there else {}
+    except (ValueError, AttributeError, yaml.YAMLError) as error:
+        raise InputError(f"{bucket.url}/{RESOLVED} or {MANIFEST} is damaged ({error}); start the run again") from error
+    if not isinstance(given, str) or str(origins.get("cache_dir", "")).startswith("derived"):
+        return own
+    path = Path(given).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path.resolve()
+    except OSError:
+        return own
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    """List the files of a directory by their names in the bucket, without hidden ones, which are being written.
+
+    Nor with `run.lock`, which says which process here has the run.
+    """
+    found = {
+        path.relative_to(directory): path
+        for path in directory.rglob("*")
+        if path.is_file() and path != directory / "run.lock"
+    }
+    return {
+        name.as_posix(): path for name, path in found.items() if not any(part.startswith(".") for part in name.parts)
+    }
+
+
+def _turn(name: str) -> tuple[int, int, str]:
+    """Say when it is a file's turn: what says that something is whole comes behind it."""
+    step = _STEP.match(name)
+    kind = 1 if name == EVENTS else 2 if name == RESOLVED else 3 if step and name.endswith(f"/{STATE}") else 0
+    return kind, int(step[1]) if step else -1, name
+
+
+def _whole(names: Iterable[str]) -> dict[int, str]:
+    """Give the folders of the checkpoints that are whole, by their step."""
+    return {int(step[1]): step[0] for name in names if (step := _STEP.match(name)) and name == f"{step[0]}{STATE}"}
+
+
+def _superseded(here: Iterable[str], there: Iterable[str]) -> list[str]:
+    """Give the files to delete in the bucket: checkpoints that are gone here, and other files of an older artifact.
+
+    What says that a checkpoint is whole goes first.
+    """
+    local = set(here)
+    has_artifact = any(name.startswith(ARTIFACT) for name in local)
+    gone = [
+        name
+        for name in there
+        if name not in local and (name.startswith(CHECKPOINTS) or (has_artifact and name.startswith(ARTIFACT)))
+    ]
+    if max(_whole(local), default=-1) < max(_whole(there), default=-1):  # as where somebody deleted them here
+        gone = [name for name in gone if not name.startswith(CHECKPOINTS)]
+    return sorted(gone, key=lambda name: (not name.endswith(f"/{STATE}"), name))
