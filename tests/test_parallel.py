@@ -25,32 +25,47 @@ SCHEDULE: dict[str, Any] = {
     "learning_rate": 1e-3,
 }
 METHODS: dict[str, dict[str, Any]] = {"lora": {"lora_config": LORA}, "full": {"weight_decay": 0.1}}
-STAGES = (1, 2, 3)
+OFFLOAD = {"device": "cpu", "pin_memory": True}
+# What the DeepSpeed files that LLMForge published say of ZeRO, and stage 1.
+ZERO: dict[str, dict[str, Any]] = {
+    "zero_1": {"stage": 1},
+    "zero_2": {"stage": 2, "round_robin_gradients": True, "offload_optimizer": OFFLOAD},
+    "zero_3": {"stage": 3, "gather_16bit_weights_on_model_save": True, "round_robin_gradients": True},
+    "zero_3_hpz_offload_optim+param": {
+        "stage": 3,
+        "zero_hpz_partition_size": 2,
+        "offload_optimizer": OFFLOAD,
+        "offload_param": OFFLOAD,
+    },
+}
 BACKENDS: dict[str, dict[str, Any]] = {
     "ddp": {"parallel": "ddp"},
-    "fsdp2": {"parallel": "fsdp2"},
-    **{f"zero{stage}": {"deepspeed": {"config_path": f"zero_{stage}.json"}} for stage in STAGES},
+    "fsdp2": {"parallel": "fsdp2", "fsdp_cpu_offload": True},
+    **{name: {"deepspeed": {"config_path": f"{name}.json"}} for name in ZERO},
 }
 ONE = {"train_batch_size_per_device": 4, "gradient_accumulation_steps": 2}
 TWO = {"num_devices": 2, "train_batch_size_per_device": 2, "gradient_accumulation_steps": 2}
 
 
-def zero_config(stage: int) -> dict[str, Any]:
+def deepspeed_config(zero: dict[str, Any]) -> dict[str, Any]:
     """Give a config in the shape that LLMForge's have."""
     return {
-        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        "bf16": {"enabled": True},
         "zero_optimization": {
-            "stage": stage,
-            "overlap_comm": False,
+            "overlap_comm": True,
             "contiguous_gradients": True,
             "reduce_bucket_size": "auto",
             "stage3_prefetch_bucket_size": "auto",
             "stage3_param_persistence_threshold": "auto",
+            **zero,
         },
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
+        "steps_per_print": 10,
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
+        "wall_clock_breakdown": False,
     }
 
 
@@ -60,8 +75,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # 44 rows: the last step of an epoch has four examples, fewer than the others.
     write_jsonl(directory / "train.jsonl", conversation_rows(44))
     write_jsonl(directory / "valid.jsonl", conversation_rows(11, seed=1))
-    for stage in STAGES:
-        (directory / f"zero_{stage}.json").write_text(json.dumps(zero_config(stage)))
+    for name, zero in ZERO.items():
+        (directory / f"{name}.json").write_text(json.dumps(deepspeed_config(zero)))
     return directory
 
 

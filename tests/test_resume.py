@@ -19,15 +19,17 @@ import pytest
 import torch
 
 from conftest import build_model, conversation_rows, save_model, write_jsonl
-from llmforge.checkpoint import list_checkpoints, save_checkpoint, state_of
+from llmforge.checkpoint import list_checkpoints, state_of
 from llmforge.config import load_config
 from llmforge.errors import ConfigError, InputError, Interrupted, NonFiniteLossError, OutputError, RunError
 from llmforge.jobs import finetune as jobs
 from llmforge.jobs.events import read_events
 from llmforge.jobs.run import load_run
+from llmforge.train.backends import SingleDevice
 from llmforge.train.optimization import build_optimizer
 from llmforge.train.prepare import prepare_run
 from llmforge.train.run import run
+from llmforge.train.saver import Saver
 from tiny_runs import LORA, Listener, child, command, resume_run, run_config, run_here, start, tree, write_config
 
 DROPOUT_LORA = {**LORA, "lora_dropout": 0.2}
@@ -398,7 +400,7 @@ def test_a_run_belongs_to_one_process_at_a_time(data_dir: Path, model_dir: Path)
     run_dir = data_dir / "runs" / "run"
     config = write_config(data_dir, model_dir, **LONG)
     process = child(run_config, config)
-    wait_for_steps(run_dir / "events.jsonl", 6, process.is_alive)
+    wait_for_steps(run_dir / "events.jsonl", 11, process.is_alive)  # the second checkpoint waits for the first
     os.kill(process.pid, signal.SIGSTOP)  # so that it does not end meanwhile
     try:
         with pytest.raises(OutputError, match=rf"{run_dir} is being trained by process {process.pid} on .*at a time"):
@@ -514,6 +516,7 @@ def test_parameters_that_are_no_numbers_are_never_checkpointed(tmp_path: Path) -
     optimizer = build_optimizer("adamw", model.named_parameters(), weight_decay=0.0)
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("inf")
-    with pytest.raises(NonFiniteLossError, match=r"step 7 made lm_head\.weight NaN or infinite"):
-        save_checkpoint(tmp_path, step=7, state=state_of(model, optimizer), metrics={})
+    saver = Saver(tmp_path, backend=SingleDevice(torch.device("cpu")), last_step=9, keep=1, reporter=Listener())
+    with pytest.raises(NonFiniteLossError, match=r"step 7 made lm_head\.weight NaN or infinite"), saver:
+        saver.save(state_of(model, optimizer), step=7, metrics={})
     assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ against them before it is used. One that a disk or a copy has damaged is moved a
 one before it is used; nothing here deletes it.
 """
 
+import copy
 import errno
 import json
 import re
@@ -57,12 +58,34 @@ class Checkpoint:
 class State:
     """What a checkpoint holds: trainable parameters by name, and the optimizer's values under `name/key`.
 
-    Tensors are whole, or DTensors, of which this rank has its part; `scalars` are what is no tensor.
+    Tensors are whole, or DTensors, of which this rank has its part; `scalars` are what is no tensor. `is_copy` says
+    that training does not go on in these very tensors.
     """
 
     parameters: Mapping[str, torch.Tensor]
     optimizer: Mapping[str, torch.Tensor]
     scalars: Mapping[str, Any]
+    is_copy: bool = False
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether each rank has only its part."""
+        return any(_is_part(tensor) for tensor in self.parameters.values())
+
+    @property
+    def bytes_here(self) -> int:
+        """The bytes that this rank has."""
+        return sum(_local(t).numel() * t.element_size() for t in (*self.parameters.values(), *self.optimizer.values()))
+
+    def copy(self) -> "State":
+        """Copy it to the host's memory."""
+        if self.is_copy:
+            return self
+        parameters, optimizer = (
+            {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            for tensors in (self.parameters, self.optimizer)
+        )
+        return State(parameters, optimizer, copy.deepcopy(dict(self.scalars)), is_copy=True)
 
 
 Total = Callable[[float], float]
@@ -71,6 +94,16 @@ Total = Callable[[float], float]
 
 class _Damage(Exception):  # noqa: N818 - found and reported, never raised to a caller
     """What is wrong with a checkpoint, in words."""
+
+
+def check_finite(state: State, step: int, total: Total) -> None:
+    """Raise NonFiniteLossError where a parameter is NaN or infinite: such a state is not to be kept."""
+    broken = next((name for name, t in state.parameters.items() if not torch.isfinite(_local(t)).all()), None)
+    if total(float(broken is not None)):
+        raise NonFiniteLossError(
+            f"the update of step {step} made {broken or 'a parameter'} NaN or infinite, and no checkpoint was written "
+            "of it. Lower learning_rate; the run's last checkpoint is from before it"
+        )
 
 
 def save_checkpoint(
@@ -82,25 +115,23 @@ def save_checkpoint(
     only_to_resume: bool = False,
     rank: int = 0,
     total: Total = float,
+    group: Any = None,
 ) -> Checkpoint:
     """Write the state after `step` updates to `directory/step-NNNNNN`, in one piece or not at all.
 
-    Every rank calls it; the first one writes what is whole, each writes its parts.
+    Every rank that has a part of the state calls it; the first one writes what is whole, each writes its parts.
+
+    Args:
+        total: sums over those ranks, and waits for them.
+        group: their process group for writing parts; None is the one that all ranks train in.
 
     Raises:
-        NonFiniteLossError: a parameter is NaN or infinite; nothing was written.
         OutputError: the disk is full or cannot be written to.
     """
     path = directory / f"step-{step:06d}"
-    broken = next((name for name, tensor in state.parameters.items() if not _is_finite(tensor)), None)
-    if total(float(broken is not None)):
-        raise NonFiniteLossError(
-            f"the update of step {step} made {broken or 'a parameter'} NaN or infinite, and no checkpoint was written "
-            "of it. Lower learning_rate; the run's last checkpoint is from before it"
-        )
     with _directory_of_all(path, rank, total) as temporary:
-        if any(_is_part(tensor) for tensor in state.parameters.values()):
-            _write_parts(temporary, {**state.parameters, **state.optimizer})
+        if state.in_parts:
+            _write_parts(temporary, {**state.parameters, **state.optimizer}, group)
         elif rank == 0:
             for name, tensors in ((_PARAMETERS, state.parameters), (_OPTIMIZER, state.optimizer)):
                 save_file({key: t.contiguous() for key, t in tensors.items()}, temporary / name)
@@ -264,11 +295,12 @@ def _directory_of_all(path: Path, rank: int, total: Total) -> Iterator[Path]:
     total(0.0)  # nobody goes on before it is complete
 
 
-def _write_parts(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def _write_parts(directory: Path, tensors: Mapping[str, torch.Tensor], group: Any) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True))
+    writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    save(dict(tensors), storage_writer=writer, process_group=group)
 
 
 def _read_parts(directory: Path, targets: Mapping[str, torch.Tensor]) -> None:
@@ -284,8 +316,8 @@ def _is_part(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return bool(torch.isfinite(getattr(tensor, "to_local", lambda: tensor)()).all())
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if _is_part(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def read_parameters(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

@@ -38,6 +38,7 @@ def train(
     is_milestone: Callable[[int], bool],
     milestone: Callable[[int], None],
     save: Callable[[int], None],
+    settle: Callable[[], None],
     interrupted: Callable[[], bool],
 ) -> None:
     """Run the updates `first_step` + 1 … `last_step`.
@@ -50,10 +51,11 @@ def train(
         is_milestone, milestone: after which steps to evaluate and write a checkpoint, and how.
         interrupted, save: whether to stop after the current step, and how to write a checkpoint without evaluating: one
             more evaluation could change which checkpoint is best.
+        settle: called after every step, to tell of checkpoints written meanwhile.
 
     Raises:
         NonFiniteLossError: loss or gradient norm is not finite.
-        Interrupted: `interrupted` said so, and everything up to here is in a checkpoint.
+        Interrupted: `interrupted` said so, and `save` has everything up to here.
     """
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -95,6 +97,7 @@ def train(
             memory_bytes=_device_memory(backend.device),
             **workers.fields(),
         )
+        settle()
         stopping = bool(backend.total(float(interrupted())))  # one of the ranks is asked to, and all do
         if is_milestone(step):
             milestone(step)

@@ -14,14 +14,11 @@ import torch
 from llmforge.atomic import write_atomically
 from llmforge.checkpoint import (
     Checkpoint,
-    best_checkpoint,
     best_sound,
-    delete_superseded,
     last_sound,
     list_checkpoints,
     load_parameters,
     most_on_disk,
-    save_checkpoint,
     state_bytes,
     sweep,
 )
@@ -66,6 +63,7 @@ from llmforge.train.optimization import build_optimizer, build_schedule
 from llmforge.train.prepare import Preparation
 from llmforge.train.rehearsal import is_needed, rehearse
 from llmforge.train.reporter import Reporter, Unheard
+from llmforge.train.saver import Saver
 
 Interruptions = Callable[[], AbstractContextManager[Callable[[], bool]]]
 """Makes a context in which an interrupt is remembered instead of raised, and the question whether one came."""
@@ -213,20 +211,16 @@ def run(
         reporter.event("evaluation", step=step, **metrics, seconds=time.perf_counter() - began)
         return metrics
 
+    saver = Saver(
+        checkpoints,
+        backend=backend,
+        last_step=last_step,
+        keep=config.checkpoint.num_checkpoints_to_keep,
+        reporter=reporter,
+    )
+
     def save(step: int, metrics: dict[str, float], *, only_to_resume: bool = False) -> None:
-        saved = save_checkpoint(
-            checkpoints,
-            step=step,
-            state=backend.state(model, optimizer),
-            metrics=metrics,
-            only_to_resume=only_to_resume,
-            rank=backend.rank,
-            total=backend.total,
-        )
-        if backend.rank == 0:
-            existing = list_checkpoints(checkpoints)
-            reporter.event("checkpoint", step=step, path=str(saved.path), best=best_checkpoint(existing).step == step)
-            delete_superseded(existing, config.checkpoint.num_checkpoints_to_keep)
+        saver.save(backend.state(model, optimizer), step=step, metrics=metrics, only_to_resume=only_to_resume)
 
     def evaluated() -> Batch | PackedBatch | None:
         if preparation.valid is None:
@@ -238,6 +232,7 @@ def run(
         interruptions() as interrupted,
         _memory_in_words(preparation),
         Ahead(feed.step, last_step) as micro_batches,
+        saver,
     ):
         largest = feed.largest()
         needed = is_needed(backend.device, largest.inputs()["input_ids"].numel(), preparation.fitting_tokens)
@@ -277,6 +272,7 @@ def run(
             is_milestone=partial(_is_milestone, config, steps_per_epoch, last_step),
             milestone=lambda step: save(step, measure(step)),
             save=lambda step: save(step, {}, only_to_resume=True),
+            settle=saver.settle,
             interrupted=interrupted,
         )
 

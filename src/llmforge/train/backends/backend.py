@@ -13,6 +13,16 @@ Filler = Callable[[], MicroBatch]
 """Makes a micro-batch that counts nothing, for a rank that has none left while others compute."""
 
 
+class Together(Protocol):
+    """What ranks do together that is not training; `group` is their process group, None that of training."""
+
+    rank: int
+    group: Any
+
+    def total(self, value: float) -> float:
+        """Sum a number over all ranks."""
+
+
 class Backend(Protocol):
     """Everything that touches gradients and training state across devices.
 
@@ -44,6 +54,9 @@ class Backend(Protocol):
 
     def total(self, value: float) -> float:
         """Sum a number over all ranks."""
+
+    def apart(self) -> Together:
+        """Give the ranks a process group of their own, for a thread beside training."""
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add the gradient of this rank's share of the step's loss; shares add up to the loss over all ranks.

@@ -23,14 +23,14 @@ class FullyShard(TorchUpdates, RanksInStep):
 
     Args:
         bf16: gather trained parameters in bf16, in which they are computed with; gradients are summed in fp32.
-        offload: keep parameters, gradients and optimizer state in the host's memory.
+        offload: keep parameters, gradients and optimizer state in the host's memory, where a CPU has them anyway.
     """
 
     shards = True
 
     def __init__(self, device: torch.device, *, bf16: bool, offload: bool = False) -> None:
         super().__init__(device)
-        self._bf16, self._offload = bf16, offload
+        self._bf16, self._offload = bf16, offload and device.type != "cpu"
 
     def prepare(self, model: Any) -> Any:
         mesh = init_device_mesh(self.device.type, (self.world_size,))

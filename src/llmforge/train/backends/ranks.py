@@ -4,6 +4,7 @@ Numbers that the host needs travel between hosts' memories (gloo), so that no de
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,21 +13,29 @@ from llmforge.train.backends.backend import Filler, MicroBatch
 
 
 class Ranks:
-    """The ranks of the process group that is there; it has to know gloo for what lies in the host's memory."""
+    """The ranks of a process group, which has to know gloo for what lies in the host's memory.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        group: None is the one that all ranks train in.
+    """
+
+    def __init__(self, device: torch.device, group: Any = None) -> None:
         self.device = device
+        self.group = group
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         mine = torch.tensor(values, dtype=torch.float64)
         everyones = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(everyones, mine)
+        dist.all_gather(everyones, mine, group=self.group)
         return [row.tolist() for row in everyones]
 
     def total(self, value: float) -> float:
         return sum(row[0] for row in self.gather([value]))  # in the order of ranks: the same sum everywhere
+
+    def apart(self) -> "Ranks":
+        return Ranks(torch.device("cpu"), dist.new_group(backend="gloo"))
 
 
 class RanksInStep(Ranks):

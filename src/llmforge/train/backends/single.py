@@ -52,6 +52,7 @@ class SingleDevice(WholeModel):
 
     rank = 0
     world_size = 1
+    group = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -61,6 +62,9 @@ class SingleDevice(WholeModel):
 
     def total(self, value: float) -> float:
         return value
+
+    def apart(self) -> "SingleDevice":
+        return self
 
     def clip(self, parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llmforge.checkpoint import Checkpoint, Saved, State, trainable
-from llmforge.errors import ConfigError
+from llmforge.errors import ConfigError, RunError
 from llmforge.train.backends.ranks import RanksInStep
 
 _STEP = "step"
@@ -82,6 +82,9 @@ def filled(
     full = fill({key: value for key, value in config.items() if key not in _OURS})
     full |= {key: values[key] for key in tuple(values)[:4]}
     full["bf16"] = {"enabled": bf16}
+    if full["zero_optimization"]["stage"] < 3:
+        # With it, DeepSpeed 0.19 gives parts of the parameters back in the wrong places when asked for them.
+        full["zero_optimization"].pop("round_robin_gradients", None)
     # The optimizer is torch's, which DeepSpeed has not tried with every setting; its own would have to be compiled.
     return {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, **full}
 
@@ -109,6 +112,7 @@ class DeepSpeed(RanksInStep):
 
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self._config)
         self._make_state()
+        self._check_places()
         return self._engine
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
@@ -140,7 +144,7 @@ class DeepSpeed(RanksInStep):
                 parameters[name] = _copy(whole)
                 moments |= {f"{name}/{key}": _copy(tensor) for key, tensor in states.items()}
                 moments[f"{name}/{_STEP}"] = torch.tensor(steps, dtype=torch.float32)
-        return State(parameters, moments, {})
+        return State(parameters, moments, {}, is_copy=True)
 
     def load(self, checkpoint: Checkpoint, model: Any, optimizer: torch.optim.Optimizer) -> None:
         saved = Saved(checkpoint)
@@ -171,16 +175,33 @@ class DeepSpeed(RanksInStep):
             ]
             for group, parameters in by_part or [(group, group["params"]) for group in base.param_groups]:
                 given, group["params"] = group["params"], parameters
+                had = [parameter.grad for parameter in parameters]  # of offloaded parts, DeepSpeed keeps them
                 for parameter in parameters:
                     parameter.grad = torch.zeros_like(parameter)
                 base.step()
-                for parameter in parameters:
-                    parameter.grad = None
+                for parameter, gradient in zip(parameters, had, strict=True):
+                    parameter.grad = gradient
                 group["params"] = given
             if not by_part:
                 zero._lazy_init_hp_params_optimizer_state()
         for state in self._states():
             state[_STEP] = torch.zeros_like(torch.as_tensor(state[_STEP]))
+
+    def _check_places(self) -> None:
+        """Check that DeepSpeed gives parameters back as they are: checkpoints and artifact are made of these.
+
+        Raises:
+            RunError: it does not, as with settings that take parts of them to other places than it remembers.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in trainable(self._engine.module).items():
+            whole = safe_get_full_fp32_param(parameter)
+            if not hasattr(parameter, "ds_tensor") and not torch.equal(whole.to(parameter.dtype), parameter.detach()):
+                raise RunError(
+                    f"DeepSpeed does not give {name} back as it is, so that no checkpoint would be right. Remove "
+                    "settings of zero_optimization that are not needed, or set parallel: fsdp2"
+                )
 
     def _states(self) -> list[dict[str, Any]]:
         return [state for state in self._engine.optimizer.optimizer.state.values() if _STEP in state]
