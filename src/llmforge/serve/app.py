@@ -13,6 +13,8 @@ from fastapi import FastAPI, Request
 from starlette.responses import PlainTextResponse, Response
 
 from llmforge import __version__
+from llmforge.data.rows import shown
+from llmforge.errors import ConversationError
 from llmforge.prompt import PromptFormat
 from llmforge.prompt.encoder import own_bos
 from llmforge.serve.door import CLIENT_LEFT, Door, Settings, Traffic
@@ -224,7 +226,7 @@ class _Server:
     ) -> list[int]:
         conversation = read_messages(messages, tools, continue_final_message)
         written = [tool.given for tool in shown_tools] if shown_tools else None
-        return await self._in_thread(model.encode, conversation, written, bool(continue_final_message))
+        return await self._in_thread(_encode_conversation, model, conversation, written, bool(continue_final_message))
 
     async def _in_thread(self, encode: Callable[..., list[int]], *arguments: Any) -> list[int]:
         return await asyncio.get_running_loop().run_in_executor(self._encoding, encode, *arguments)
@@ -335,6 +337,21 @@ def _seeded(sampling: Sampling, count: int) -> list[Sampling]:
 
 def _usage(asked: _Asked, answers: Sequence[Answer]) -> Usage:
     return Usage(sum(map(len, asked.prompts)), sum(answer.completion_tokens for answer in answers))
+
+
+def _encode_conversation(
+    model: ServedModel,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    continue_final_message: bool,
+) -> list[int]:
+    """Encode a conversation; refuse one whose calls of tools the format leaves out, as training does."""
+    ids = model.encode(messages, tools, continue_final_message)
+    if called := [call.get("function", call)["name"] for message in messages for call in message.get("tool_calls", ())]:
+        text = model.encoder.decode(ids)
+        if left_out := next((name for name in called if name not in text), None):
+            raise ConversationError(f"the chat template leaves out the assistant's call of {shown(left_out)}")
+    return ids
 
 
 def _encode_text(model: ServedModel, text: str, add_special_tokens: bool) -> list[int]:

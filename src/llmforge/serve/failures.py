@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from llmforge.data.rows import shown
 from llmforge.errors import ConversationError, InputError, LlmforgeError
 from llmforge.serve.models import UnknownModelError
 from llmforge.serve.openai import ApiError
@@ -97,7 +98,7 @@ def _invalid(request: Request, problems: Sequence[Mapping[str, Any]]) -> ApiErro
         message = f"the body is no JSON: {problem['ctx']['error']}, at character {problem['loc'][-1]}"
         param, code = None, "invalid_json"
     elif not param and "json" not in content_type:
-        given = reprlib.repr(content_type) if content_type else "none"
+        given = shown(content_type) if content_type else "none"
         message = f"the body must be JSON, with the header Content-Type: application/json; given {given}"
         code = "invalid_json"
     elif not param:
