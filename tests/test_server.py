@@ -8,13 +8,16 @@ import itertools
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -25,11 +28,13 @@ from huggingface_hub import InferenceClient
 from chat_templates import CHATML, REASONING_AND_TOOLS
 from conftest import PROMPT_FORMATS, build_tokenizer
 from http_server import served
+from llmforge.errors import InputError
 from llmforge.prompt import Encoder, PromptFormat, StopRules, build_format
 from llmforge.serve.door import Settings
 from llmforge.serve.model import ServedModel
 from llmforge.serve.models import Models
 from llmforge.serve.requests import Request
+from llmforge.serve.server import take_port
 from scripted_engine import ScriptedEngine
 
 HELLO = [{"role": "user", "content": "Hello?"}]
@@ -687,3 +692,64 @@ def eventually(condition: Callable[[], bool], seconds: float = 10) -> bool:
             return False
         time.sleep(0.005)
     return True
+
+
+# The end
+
+
+@contextmanager
+def process() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Start a server in a process of its own; give it and its URL."""
+    program = [sys.executable, str(Path(__file__).with_name("scripted_server.py")), "5"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(program, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            yield server, server.stdout.readline().strip()
+        finally:
+            server.kill()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_sigterm_finishes_what_was_accepted_and_takes_nothing_new(stream: bool) -> None:
+    with process() as (server, url), ThreadPoolExecutor(4) as pool:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+        def ask() -> str:
+            answer = client.chat.completions.create(model="tiny", messages=HELLO, stream=stream)
+            return streamed(answer)[0] if stream else answer.choices[0].message.content
+
+        answers = [pool.submit(ask) for _ in range(4)]
+        assert eventually(lambda: "llmforge_running 4.0" in httpx.get(f"{url}/metrics").text)
+        server.send_signal(signal.SIGTERM)
+        assert eventually(lambda: httpx.get(f"{url}/health").status_code == 503)
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.chat.completions.create(model="tiny", messages=HELLO)
+        assert (caught.value.status_code, caught.value.code) == (503, "shutting_down")
+        assert caught.value.response.headers["Retry-After"] == "5"
+        assert [answer.result() for answer in answers] == [" capital" * 60] * 4
+        out, err = server.communicate(timeout=20)
+        assert (server.returncode, err) == (0, "")
+        assert "4 requests are being finished" in out
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    with process() as (server, url), ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(httpx.post, f"{url}/v1/chat/completions", json={"messages": HELLO})
+        assert eventually(lambda: "llmforge_running 1.0" in httpx.get(f"{url}/metrics").text)
+        server.send_signal(signal.SIGTERM)
+        assert eventually(lambda: httpx.get(f"{url}/health").status_code == 503)
+        server.send_signal(signal.SIGTERM)
+        server.wait(timeout=5)
+        assert server.returncode == 128 + signal.SIGTERM
+        assert isinstance(asked.exception(), httpx.TransportError)
+
+
+def test_a_port_in_use_is_told() -> None:
+    with take_port("127.0.0.1", 0, stall_timeout=1) as listener:
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(InputError, match=f"cannot listen on port {port} of 127.0.0.1"):
+            take_port("127.0.0.1", port, stall_timeout=1)
+    with pytest.raises(InputError, match="cannot listen on port 0 of no-such-host"):
+        take_port("no-such-host.invalid", 0, stall_timeout=1)
