@@ -77,6 +77,7 @@ class _Decoder:
     def __init__(self, encoder: Encoder, byte_tokens: Set[int], prompt_ids: Sequence[int]) -> None:
         self._encoder = encoder
         self._bytes = byte_tokens
+        self._settled = self._length = 0  # tokens of the window, and characters of its text
         end = len(prompt_ids)
         while end and prompt_ids[end - 1] in self._bytes:  # an answer's bytes make no character with them
             end -= 1
