@@ -119,8 +119,8 @@ class Cache:
 
     @property
     def bytes_per_token(self) -> int:
-        """The bytes that a token takes, once something is cached."""
-        return max((slab.bytes_per_token for slab in self._slabs.values()), default=self._bytes_per_token)
+        """The bytes that a token takes, once something was cached and forgotten."""
+        return self._bytes_per_token
 
     @torch.inference_mode()
     def forget(self, conversation: Conversation) -> None:
@@ -129,7 +129,7 @@ class Cache:
             slab = conversation.slab
             slab.remove(conversation)
             if not slab.users:
-                self._bytes_per_token = slab.bytes_per_token
+                self._bytes_per_token = max(self._bytes_per_token, slab.bytes_per_token)
                 del self._slabs[slab.capacity]
         conversation.length = 0
 
