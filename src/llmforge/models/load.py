@@ -137,6 +137,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def native_context_length(config: Any) -> int | None:
+    """Give the most tokens that a model was made for by its config; None where there is no limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else None  # XLNet says -1
+
+
 def read_facts(source: ModelSource, *, trust_remote_code: bool = False) -> ModelFacts:
     """Read a model's config, no weights.
 
@@ -150,10 +156,9 @@ def read_facts(source: ModelSource, *, trust_remote_code: bool = False) -> Model
             f"{source.name} is of type {config.model_type}, which is not a causal language model that transformers "
             f"{transformers.__version__} knows; give a model that continues text"
         )
-    limit = getattr(text, "max_position_embeddings", None)
     return ModelFacts(
         architecture=config.model_type,
-        native_context_length=limit if limit is not None and limit > 0 else None,  # XLNet says -1
+        native_context_length=native_context_length(config),
         hidden_size=getattr(text, "hidden_size", 0),
         num_layers=getattr(text, "num_hidden_layers", 0),
         vocab_size=getattr(text, "vocab_size", 0),

@@ -27,7 +27,7 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class ServedModel:
     """A model that can be asked.
 
@@ -137,7 +137,7 @@ class ServedModel:
             self.adapter,
         )
         ticket = self.engine.submit(request, updates.put)
-        return Answer(ticket, updates, text, request)
+        return Answer(self, ticket, updates, text, request)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,10 @@ class Answer:
     The stop token, and tokens of nothing but a stop sequence, are in no piece. `completion_tokens` counts the first.
     """
 
-    def __init__(self, ticket: Ticket, updates: "_Updates", text: TextStream, request: Request) -> None:
+    def __init__(
+        self, model: ServedModel, ticket: Ticket, updates: "_Updates", text: TextStream, request: Request
+    ) -> None:
+        self.model = model
         self.prompt_tokens = len(request.prompt_ids)
         self.completion_tokens = 0
         self._ticket = ticket

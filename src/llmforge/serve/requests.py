@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 from llmforge.errors import LlmforgeError
 
 FinishReason = Literal["stop", "length", "cancelled"]
-"""Why an answer ended: at a stop token, at `max_tokens` (or the end of the context), or because nobody wants the rest."""
+"""Why an answer ended: a stop token, `max_tokens` (or the end of the context), or because nobody wants the rest."""
 
 
 class OverloadedError(LlmforgeError):
@@ -125,7 +125,7 @@ class Engine(Protocol):
         """Forget an adapter, once the requests that it answers have ended."""
 
     def stats(self) -> dict[str, float]:
-        """Count what is being answered (`running`), what waits (`waiting`), and tokens in the cache (`cached_tokens`)."""
+        """Count what is being answered (`running`), what waits (`waiting`), and cached tokens (`cached_tokens`)."""
 
     def close(self) -> None:
         """Stop, cancelling what is not finished; return when the thread has ended."""

@@ -77,6 +77,7 @@ class _Decoder:
     def __init__(self, encoder: Encoder, byte_tokens: Set[int], prompt_ids: Sequence[int]) -> None:
         self._encoder = encoder
         self._bytes = byte_tokens
+        self._settled = self._length = 0  # tokens of the window, and characters of its text
         end = len(prompt_ids)
         while end and prompt_ids[end - 1] in self._bytes:  # an answer's bytes make no character with them
             end -= 1
@@ -85,6 +86,8 @@ class _Decoder:
 
     def push(self, token: int) -> tuple[str, str]:
         """Take a token; give the text that it settles and the text that is open behind it, as it reads now."""
+        if self._encoder.tokenizer.convert_ids_to_tokens(token) is None:  # models have more rows than there are tokens
+            return "", ""
         self._window.append(token)
         count = len(self._window) - self._settled
         if token in self._bytes:
@@ -93,10 +96,7 @@ class _Decoder:
         text = self._encoder.decode(self._window)
         tail = text[self._length :]
         if not text.endswith(_HALF):
-            if tail or count <= _OPEN:
-                self._settle(text)
-            else:
-                del self._window[self._settled :]  # tokens without text
+            self._settle(text)
             return tail, ""
         if count > 2 * _CHARACTER:
             return self._settle_part(text)
