@@ -10,12 +10,15 @@ import uvicorn
 
 from llmforge.serve.app import make_app
 from llmforge.serve.door import Settings
+from llmforge.serve.model import ServedModel
 from llmforge.serve.models import Models
 
 
 @contextmanager
-def served(models: Models, settings: Settings | None = None) -> Iterator[str]:
-    """Serve models; give the URL."""
+def served(model: ServedModel, settings: Settings | None = None) -> Iterator[str]:
+    """Serve a model; give the URL."""
+    models = Models()
+    models.put(model)
     config = uvicorn.Config(
         make_app(models, settings or Settings()), log_level="error", lifespan="on", timeout_graceful_shutdown=1
     )

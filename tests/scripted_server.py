@@ -19,8 +19,10 @@ def main(stall_timeout: float) -> None:
     word = encoder.encode_text(" capital")
     engine = ScriptedEngine(lambda request: word * 60, pause=0.02)
     model = ServedModel("tiny", "/x", 1, encoder, StopRules.derive(encoder, [], []), engine)
+    models = Models()
+    models.put(model)
     listener = take_port("127.0.0.1", 0, stall_timeout=stall_timeout)
-    app = make_app(Models([model]), Settings(stall_timeout=stall_timeout))
+    app = make_app(models, Settings(stall_timeout=stall_timeout))
     run_server(app, listener, ready=lambda: print(url_of(listener), flush=True), say=print)
 
 

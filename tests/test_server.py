@@ -32,7 +32,6 @@ from llmforge.errors import InputError
 from llmforge.prompt import Encoder, PromptFormat, StopRules, build_format
 from llmforge.serve.door import Settings
 from llmforge.serve.model import ServedModel
-from llmforge.serve.models import Models
 from llmforge.serve.requests import Request
 from llmforge.serve.server import take_port
 from scripted_engine import ScriptedEngine
@@ -84,7 +83,7 @@ class Served:
 def serving(encoder: Encoder, *stops: str, settings: Settings | None = None, **engine: Any) -> Iterator[Served]:
     scripted = ScriptedEngine(lambda request: [], **{"context_length": 512, **engine})
     model = ServedModel("tiny", "/runs/tiny", 1700000000, encoder, StopRules.derive(encoder, stops, []), scripted)
-    with served(Models([model]), settings) as url:
+    with served(model, settings) as url:
         yield Served(url, scripted, model)
 
 

@@ -15,7 +15,6 @@ from llmforge.data.rows import BadRow
 from llmforge.errors import ConversationError
 from llmforge.prompt import Encoder, PromptFormat, StopRules, build_format
 from llmforge.serve.model import ServedModel
-from llmforge.serve.models import Models
 from scripted_engine import ScriptedEngine
 
 ROWS = 25
@@ -47,7 +46,7 @@ def wire(request: pytest.FixtureRequest) -> Iterator[tuple[httpx.Client, Scripte
     encoder = encoder_of(request.param)
     engine = ScriptedEngine(lambda request: [5], context_length=2**20)
     model = ServedModel("tiny", "/x", 1, encoder, StopRules.derive(encoder, [], []), engine)
-    with served(Models([model])) as url, httpx.Client(base_url=url) as client:
+    with served(model) as url, httpx.Client(base_url=url) as client:
         yield client, engine, encoder
 
 
