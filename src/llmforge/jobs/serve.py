@@ -57,6 +57,7 @@ def serve(
 
     from llmforge.models.device import DTYPES
     from llmforge.serve.app import make_app
+    from llmforge.models.arithmetic import use_one_arena
     from llmforge.serve.door import Settings
     from llmforge.serve.models import Models
     from llmforge.serve.server import run_server, take_port, url_of
@@ -64,6 +65,7 @@ def serve(
     chosen = None if dtype is None else next((each for each in DTYPES if each == dtype), None)
     if dtype is not None and chosen is None:
         raise InputError(f"given --dtype {dtype}; number formats are {', '.join(DTYPES)}")
+    use_one_arena()
     settings = Settings(api_keys=tuple(api_keys), request_timeout=request_timeout)
     models = Models(
         dynamic_lora_loading_path=dynamic_adapters,
