@@ -21,10 +21,10 @@ from tiny_runs import LORA, environment, run_here
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Run:
-    """An adapter that has learnt what the colours mean."""
+    """A small adapter that answers otherwise than its base."""
     directory = tmp_path_factory.mktemp("serve")
     write_jsonl(directory / "train.jsonl", conversation_rows(48))
-    return run_here(directory, model_dir, lora_config={**LORA, "r": 8}, learning_rate=3e-2, num_epochs=10)[0]
+    return run_here(directory, model_dir, lora_config=LORA, learning_rate=3e-2, num_epochs=2)[0]
 
 
 @contextmanager
@@ -44,18 +44,18 @@ def started(*arguments: str | Path, **variables: str) -> Iterator[tuple[subproce
 
 def ask(url: str, model: str, content: str, key: str = "none") -> Any:
     client = openai.OpenAI(base_url=url, api_key=key, max_retries=0)
-    return client.chat.completions.create(model=model, messages=[{"role": "user", "content": content}])
+    messages = [{"role": "user", "content": content}]
+    return client.chat.completions.create(model=model, messages=messages, max_tokens=12)
 
 
 def test_a_run_is_served_with_its_adapter_under_another_name_and_its_base(run: Run, model_dir: Path) -> None:
     adapter = f"again={run.artifact_dir}"
     with started(run.run_dir, f"plain={model_dir}", "--adapter", adapter) as (server, url, said):
         assert said.startswith(f"llmforge serves {run.tag}, plain, again at http://127.0.0.1:")
-        for colour, answer in (("red", "stop"), ("blue", "swim")):
-            question = f"What does {colour} mean?"
-            told = ask(url, run.tag, question)
-            assert (told.choices[0].message.content, told.choices[0].finish_reason) == (answer, "stop")
-            assert ask(url, "again", question).choices[0].message.content == answer
+        for row in conversation_rows(2):
+            question = row["messages"][0]["content"]
+            answer = run.chat(row["messages"][:1], max_new_tokens=12)
+            assert [ask(url, name, question).choices[0].message.content for name in (run.tag, "again")] == [answer] * 2
             assert ask(url, "plain", question).choices[0].message.content != answer
         # The example that it prints works as it stands.
         example = said.splitlines()[1].strip()
@@ -74,7 +74,8 @@ def test_adapters_are_loaded_when_they_are_asked_for(run: Run, model_dir: Path, 
     with started(f"plain={model_dir}", *options, LLMFORGE_API_KEY="the-key") as (_, url, said):
         assert "the-key" not in said
         assert "Authorization: Bearer KEY" in said
-        assert ask(url, "colours", "What does red mean?", key="the-key").choices[0].message.content == "stop"
+        answer = run.chat([{"role": "user", "content": "Red?"}], max_new_tokens=12)
+        assert ask(url, "colours", "Red?", key="the-key").choices[0].message.content == answer
         with pytest.raises(openai.NotFoundError, match="there is no model shapes"):
             ask(url, "shapes", "Hello", key="the-key")
         with pytest.raises(openai.AuthenticationError):
@@ -88,7 +89,7 @@ def test_adapters_are_loaded_when_they_are_asked_for(run: Run, model_dir: Path, 
         ([".", "--adapter", "path-alone"], "an adapter is given as NAME=PATH"),
         ([".", "--dtype", "int4"], "given --dtype int4; number formats are bf16, fp32"),
         ([".", "--api-key", ""], "an API key is empty"),
-        ([".", "--port", "70000"], "70000"),
+        ([".", "--port", "70000"], "65535"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_served(
