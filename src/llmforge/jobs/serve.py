@@ -79,9 +79,9 @@ def serve(
             name, source, loading = _find(path)
             say(f"loading {source.name}")
             models.add(name, source, loading if chosen is None else replace(loading, dtype=chosen))
-        for name, path in named:
-            assert name is not None
-            models.add_adapter(name, _adapter_directory(path))
+        for adapter, path in named:
+            assert adapter is not None
+            models.add_adapter(adapter, _adapter_directory(path))
         if not api_keys and host not in LOOPBACK:
             say(f"note: whoever can reach {host} may ask; --api-key keeps others out")
         names = [model.name for model in models.all()]
@@ -111,7 +111,7 @@ def _find(given: str) -> "tuple[str, ModelSource, Loading]":
     name, path = _named(given)
     local = local_directory(path)
     if _is_plain(local):
-        return name or local.resolve().name, *_plain(path)
+        return name or local.resolve().name.removesuffix(".gguf"), *_plain(path)
     source, loading = find_served(path)
     if name is None:
         is_run = source.directory != local
