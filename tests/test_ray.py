@@ -88,10 +88,10 @@ def test_a_killed_worker_and_a_killed_driver_cost_steps_and_nothing_else(
     wait_for(lambda: '"restarted"' in events.read_text(), process)
     began = steps_in(events)
     wait_for(lambda: steps_in(events) >= began + 8, process)
-    left = psutil.Process(process.pid).children(recursive=True)
+    left = workers_of(process.pid)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
-    psutil.wait_procs(left, timeout=60)  # Ray's processes notice that their driver is gone
+    assert psutil.wait_procs(left, timeout=60)[1] == []  # they notice that their driver is gone
 
     resumed = start("finetune", "--resume", run_dir, "--json")
     out, err = resumed.communicate(timeout=200)

@@ -78,14 +78,18 @@ def train_on_ray(
     devices: DevicesSection,
     audience: Reporter,
     *,
+    place: str,
     workers: int,
     allow_unproven: bool,
+    overrides: Sequence[str] = (),
     wait: bool = False,
 ) -> None:
     """Train a prepared run on workers until its artifact is there.
 
     Args:
         directory: of the run, on storage that every worker sees under the same path.
+        place: where a person finds the run.
+        overrides: what is set otherwise than in the run's resolved config.
         workers: how many; the config's number, or another one for a run that is resumed.
         wait: on a cluster that grows by itself, for resources that it does not have yet.
 
@@ -100,7 +104,7 @@ def train_on_ray(
             audience.note(f"asking the cluster for {workers} workers of {_in_words(placement.each)} each")
         else:
             placement.check([node["Resources"] for node in ray.nodes() if node["Alive"]])
-        orders = Orders(str(directory.path), allow_unproven)
+        orders = Orders(str(directory.path), place, tuple(overrides), allow_unproven)
         with _held(ray, placement.extra):
             for attempt in range(devices.max_failures + 1):
                 error = _attempt(ray, placement, orders, directory, audience)
@@ -110,7 +114,7 @@ def train_on_ray(
                 if attempt == devices.max_failures:
                     raise RunError(
                         f"workers were lost {attempt + 1} times; max_failures is {devices.max_failures}. The last "
-                        f"time: {_first_line(error)}. The run is kept: llmforge finetune --resume {directory.path}"
+                        f"time: {_first_line(error)}. The run is kept: llmforge finetune --resume {place}"
                     ) from error
                 with EventLog(directory.events) as events:
                     reason = _first_line(error)

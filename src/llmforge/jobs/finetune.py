@@ -150,6 +150,7 @@ def _resume(
         audience,
         mirror=mirror,
         resuming=True,
+        overrides=overrides,
         allow_unproven=allow_unproven,
         workers=workers,
         wait=wait,
@@ -182,6 +183,7 @@ def _train(
     *,
     mirror: Mirror | None = None,
     resuming: bool = False,
+    overrides: Sequence[str] = (),
     dry_run: bool = False,
     allow_unproven: bool = False,
     workers: int | None = None,
@@ -207,38 +209,56 @@ def _train(
         audiences.append(mirror)  # behind the events, which it uploads
         mirror.tell = audience.note
         mirror.try_upload()
+    place = str(directory.path) if mirror is None else mirror.url
     devices = preparation.config.devices
-    if devices.on_ray or (workers or 1) > 1:
-        from llmforge.jobs.cluster import train_on_ray
+    try:
+        if devices.on_ray or (workers or 1) > 1:
+            from llmforge.jobs.cluster import train_on_ray
 
-        train_on_ray(
-            directory,
-            devices,
-            Reporters(audiences),
-            workers=workers or devices.num_devices,
-            allow_unproven=allow_unproven,
-            wait=wait,
-        )
-        metrics = load_run(directory.path).metrics
-    else:
-        metrics = _train_here(
-            directory,
-            preparation,
-            audiences,
-            interruptions=remember_interrupts,
-            place=str(directory.path) if mirror is None else mirror.url,
-            resuming=resuming,
-            allow_unproven=allow_unproven,
-        )
+            train_on_ray(
+                directory,
+                devices,
+                Reporters(audiences),
+                place=place,
+                overrides=overrides,
+                workers=workers or devices.num_devices,
+                allow_unproven=allow_unproven,
+                wait=wait,
+            )
+            metrics = load_run(directory.path).metrics
+        else:
+            metrics = _train_here(
+                directory,
+                preparation,
+                audiences,
+                interruptions=remember_interrupts,
+                place=place,
+                resuming=resuming,
+                allow_unproven=allow_unproven,
+            )
+    except BaseException:
+        if mirror is not None:
+            mirror.stop()
+        raise
     if mirror is not None:
         mirror.finish()
     return Run(directory.path, preparation.config.output.tag, metrics, None if mirror is None else mirror.url)
 
 
 def train_as_worker(
-    run_dir: Path, *, rank: int, allow_unproven: bool, interruptions: Callable[[Path], Interrupting]
+    run_dir: Path,
+    *,
+    rank: int,
+    place: str,
+    overrides: Sequence[str],
+    allow_unproven: bool,
+    interruptions: Callable[[Path], Interrupting],
 ) -> None:
     """Train a run that another process has prepared, as one of several workers.
+
+    Args:
+        place: where a person finds the run.
+        overrides: what is set otherwise than in the run's resolved config, as where it goes on in another place.
 
     Raises:
         InputError, RunError: as `finetune`.
@@ -247,14 +267,15 @@ def train_as_worker(
     from llmforge.train.run import run
 
     directory = RunDirectory.open(run_dir)
-    preparation = prepare_run(load_config(directory.resolved_config), Unheard(), allow_unproven=allow_unproven)
+    loaded = load_config(directory.resolved_config, overrides)
+    preparation = prepare_run(loaded, Unheard(), allow_unproven=allow_unproven)
     if rank == 0:
         _train_here(
             directory,
             preparation,
             [],
             interruptions=lambda note: interruptions(run_dir),
-            place=str(run_dir),
+            place=place,
             resuming=True,
             allow_unproven=allow_unproven,
         )

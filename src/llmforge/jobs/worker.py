@@ -21,9 +21,15 @@ STOP = ".stop"  # while this file is there, the workers stop after their step
 
 @dataclass(frozen=True)
 class Orders:
-    """What a worker is told: where the run lies, and whether an unproven artifact may be published."""
+    """What a worker is told.
+
+    Where the run lies, for it and for a person; what is set otherwise than in the run's resolved config; whether an
+    unproven artifact may be published.
+    """
 
     run_dir: str
+    place: str
+    overrides: tuple[str, ...]
     allow_unproven: bool
 
     def as_dict(self) -> dict[str, Any]:
@@ -54,7 +60,14 @@ def work_as(orders: Orders, *, rank: int, local_rank: int) -> None:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     directory = Path(orders.run_dir)
     try:
-        train_as_worker(directory, rank=rank, allow_unproven=orders.allow_unproven, interruptions=asked_to_stop)
+        train_as_worker(
+            directory,
+            rank=rank,
+            place=orders.place,
+            overrides=orders.overrides,
+            allow_unproven=orders.allow_unproven,
+            interruptions=asked_to_stop,
+        )
     except LlmforgeError as error:
         failure = {"kind": type(error).__name__, "message": str(error), "worker": rank}
         write_atomically(directory / FAILURE, json.dumps(failure))
