@@ -55,9 +55,9 @@ def serve(
     if any(name is None for name, _ in named):
         raise InputError(f"given --adapter {' '.join(adapters)}; an adapter is given as NAME=PATH")
 
+    from llmforge.models.arithmetic import use_one_arena
     from llmforge.models.device import DTYPES
     from llmforge.serve.app import make_app
-    from llmforge.models.arithmetic import use_one_arena
     from llmforge.serve.door import Settings
     from llmforge.serve.models import Models
     from llmforge.serve.server import run_server, take_port, url_of
