@@ -32,7 +32,7 @@ def on_ray(ray_cluster):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        with connected(ray_cluster["address"]):
+        with connected(ray_cluster["address"], note=print):
             yield prepare
 
 
@@ -114,7 +114,7 @@ import sys
 from pathlib import Path
 from llmforge.jobs.ray_cluster import connected
 from test_data_prepare import Bytes, run
-with connected(sys.argv[1]):
+with connected(sys.argv[1], note=print):
     from llmforge.jobs.ray_rows import encode_on_cluster
     options = {"block_bytes": 10_000, "executor": encode_on_cluster, "workers": 2}
     run(sys.argv[2], Path(sys.argv[3]), Bytes(sys.argv[4], 0.3), **options)
