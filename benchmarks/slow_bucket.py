@@ -7,6 +7,7 @@ model is a Llama of 5 million parameters, all of them trained, so that a checkpo
 """
 
 import argparse
+import logging
 import os
 import statistics
 import tempfile
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as temporary, faulty_store() as store:
         directory = Path(temporary)
         os.environ.update(credentials(store, directory / "cache"))
@@ -78,12 +80,10 @@ def main() -> None:
             finetune(load_config(config), clock)
             ended = time.perf_counter()
             gaps = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
-            after_checkpoints = gaps[STEPS_PER_CHECKPOINT - 1 :: STEPS_PER_CHECKPOINT]
             print(
-                f"{place}: {len(clock.times)} steps, {statistics.mean(gaps):.3f} s from step to step "
-                f"(median {statistics.median(gaps):.3f}), over a checkpoint {statistics.mean(after_checkpoints):.2f} "
-                f"(longest {max(gaps):.2f}); from the last step to the end {ended - clock.times[-1]:.1f} s, "
-                f"all together {ended - began:.1f} s; {len(store.requests)} requests",
+                f"{place}: {len(clock.times)} steps in {sum(gaps):.1f} s, each {statistics.mean(gaps):.3f} s "
+                f"(median {statistics.median(gaps):.3f}, longest {max(gaps):.2f}); from the last step to the end "
+                f"{ended - clock.times[-1]:.1f} s, all together {ended - began:.1f} s; {len(store.requests)} requests",
                 flush=True,
             )
 
