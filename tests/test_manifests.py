@@ -83,7 +83,9 @@ def test_a_job_that_is_tried_again_resumes(manifest: Any, tmp_path: Path) -> Non
     brought, _ = manifest
     config = yaml.safe_load(brought["data"]["run.yaml"])
     run = f"{config['output_dir']}/{config['custom_model_tag']}"
-    script = brought["data"]["run.sh"].replace(config["output_dir"], str(tmp_path)).replace("exec llmforge", "exec echo")
+    script = (
+        brought["data"]["run.sh"].replace(config["output_dir"], str(tmp_path)).replace("exec llmforge", "exec echo")
+    )
 
     def started() -> str:
         return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.strip()
