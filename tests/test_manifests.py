@@ -57,7 +57,9 @@ def test_the_pods_as_ray_reads_them_hold_the_workers(manifest: Any, tmp_path: Pa
     resource = {"metadata": {"name": "run", "namespace": "default"}, "spec": job["spec"]["rayClusterSpec"]}
     kinds = read(resource)["available_node_types"].values()
     nodes = [kind["resources"] for kind in kinds for _ in range(kind["max_workers"] or 1)]
-    placement = Placement.of(loaded.config, loaded.config.num_devices, has_gpu=True, cores=1)
+    # As long as the head is alone, Ray knows of no GPU and of no CPU.
+    placement = Placement.of(loaded.config, loaded.config.num_devices, has_gpu=False, cores=0)
+    assert placement.each["GPU"] == 1
     assert placement.obstacles(nodes) == []
     assert placement.obstacles(nodes[:-1])[0][0] == "num_devices"
     assert all(kind["min_workers"] == kind["max_workers"] for kind in kinds)

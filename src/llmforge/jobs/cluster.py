@@ -51,7 +51,8 @@ class Placement:
     @classmethod
     def of(cls, config: FineTuningConfig, workers: int, *, has_gpu: bool, cores: int) -> "Placement":
         """Give one GPU to each worker, or a share of a machine's cores where there is none."""
-        own: dict[str, float] = {"GPU": 1.0, "CPU": 1.0} if has_gpu else {"CPU": float(max(1, cores // workers))}
+        on_gpus = has_gpu or "GPU" in config.worker_resources
+        own: dict[str, float] = {"GPU": 1.0, "CPU": 1.0} if on_gpus else {"CPU": float(max(1, cores // workers))}
         return cls(workers, {**own, **config.worker_resources}, config.trainer_resources)
 
     def obstacles(self, nodes: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
@@ -111,6 +112,10 @@ def placed(
         placement = Placement.of(config, count, has_gpu=bool(there.get("GPU")), cores=int(there.get("CPU", 1)))
         if wait:
             note(f"asking the cluster for {count} workers of {_in_words(placement.each)} each")
+            if "GPU" not in placement.each:
+                note(
+                    "it has no GPU now, so workers are CPU processes; for GPUs to come, set worker_resources: {GPU: 1}"
+                )
         elif obstacles := placement.obstacles(_nodes(ray)):
             raise _refusal(loaded, obstacles)
         yield placement
