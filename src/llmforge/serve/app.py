@@ -195,10 +195,12 @@ class _Server:
         for prompt in body.prompts:
             if isinstance(prompt, str):
                 prompts.append(await self._in_thread(_encode_text, model, prompt, body.add_special_tokens))
+                echo = prompt
             else:
                 check_token_ids(prompt, vocabulary, "prompt")
                 prompts.append(prompt)
-            echoes.append((prompt if isinstance(prompt, str) else model.encoder.decode(prompt)) if body.echo else "")
+                echo = await self._in_thread(model.encoder.decode, prompt) if body.echo else ""
+            echoes.append(echo if body.echo else "")
         longest = max(prompts, key=len)
         sampling = self._sampling(model, longest, body.max_tokens, logprobs=body.logprobs, **given)
         texts = TokenTexts(model.encoder.tokenizer) if body.logprobs is not None else None
@@ -219,7 +221,7 @@ class _Server:
             ids = await self._in_thread(_encode_text, model, body.prompt or "", body.add_special_tokens)
         shown: dict[str, Any] = {"count": len(ids), "max_model_len": model.context_length, "tokens": ids}
         if body.return_token_strs:
-            shown["token_strs"] = model.encoder.tokenizer.convert_ids_to_tokens(ids)
+            shown["token_strs"] = await self._in_thread(model.encoder.tokenizer.convert_ids_to_tokens, ids)
         return _json(shown)
 
     async def _encode_chat(
@@ -251,7 +253,10 @@ class _Server:
         return model.sampling(max_tokens=max_tokens, **given)
 
     async def _answer(self, asked: _Asked, request: Request, streams: bool, arrival: float) -> Response:
-        answers = self._submit(asked)
+        if any(sampling.grammar for sampling in asked.samplings):  # compiled on the way: seconds for a large schema
+            answers = await asyncio.to_thread(self._submit, asked)
+        else:
+            answers = self._submit(asked)
         name = asked.model.name
         self._metrics.prompt_tokens.labels(name).inc(sum(map(len, asked.prompts)))
         timeout = self._settings.request_timeout
