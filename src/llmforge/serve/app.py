@@ -16,6 +16,16 @@ from llmforge.data.rows import shown
 from llmforge.errors import ConversationError, InputError
 from llmforge.prompt import PromptFormat
 from llmforge.prompt.encoder import own_bos
+from llmforge.serve.described import (
+    EVENTS,
+    ChatCompletion,
+    ErrorReply,
+    ModelCard,
+    ModelList,
+    TextCompletion,
+    TokenizedPrompt,
+    errors,
+)
 from llmforge.serve.door import CLIENT_LEFT, Door, Settings, Traffic
 from llmforge.serve.failures import install_handlers
 from llmforge.serve.metrics import Metrics
@@ -71,45 +81,46 @@ def make_app(models: Models, settings: Settings) -> FastAPI:
     app.state.traffic = traffic
     app.add_middleware(Door, settings=settings, traffic=traffic, metrics=metrics)
     install_handlers(app)
+    answered = {200: EVENTS, **errors(400, 404, 408, 413, 504)}
 
-    @app.get("/health")
+    @app.get("/health", response_class=PlainTextResponse, responses={503: {"description": "The server shuts down."}})
     async def health() -> Response:
         """Say whether new requests are taken."""
         if traffic.is_draining:
             return PlainTextResponse("draining", 503)
         return PlainTextResponse("ok")
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, responses=errors())
     async def read_metrics() -> Response:
         """Show the metrics in Prometheus' text format."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=ModelList, responses=errors())
     async def list_models() -> Response:
         """List the models."""
         return _json({"object": "list", "data": [_described(model) for model in models.all()]})
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", response_model=ModelCard, responses=errors(400, 404))
     async def show_model(name: str) -> Response:
         """Show one model."""
         return _json(_described(await server.find(name)))
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=answered)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         return await server.chat(body, request)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", response_model=TextCompletion, responses=answered)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Go on with a text."""
         return await server.complete(body, request)
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", response_model=TokenizedPrompt, responses=errors(400, 404, 408, 413))
     async def tokenize(body: TokenizeRequest) -> Response:
         """Show the token ids of a prompt, as the model would be fed them."""
         return await server.tokenize(body)
 
-    @app.post("/v1/embeddings")
+    @app.post("/v1/embeddings", status_code=400, response_model=ErrorReply, responses=errors(400, 404, 408, 413))
     async def embed(body: EmbeddingsRequest) -> Response:
         """Refuse: what is served here generates text."""
         model = await server.find(body.model)
