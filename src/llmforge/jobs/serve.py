@@ -73,6 +73,7 @@ def serve(
         note=lambda text: say(f"note: {text}"),
         max_batch=max_batch,
         max_waiting=max_waiting,
+        prepares_grammars=True,
     )
     with take_port(host, port, stall_timeout=settings.stall_timeout) as listener, contextlib.closing(models):
         for path in paths:

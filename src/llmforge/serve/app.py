@@ -16,6 +16,16 @@ from llmforge.data.rows import shown
 from llmforge.errors import ConversationError, InputError
 from llmforge.prompt import PromptFormat
 from llmforge.prompt.encoder import own_bos
+from llmforge.serve.described import (
+    EVENTS,
+    ChatCompletion,
+    ErrorReply,
+    ModelCard,
+    ModelList,
+    TextCompletion,
+    TokenizedPrompt,
+    errors,
+)
 from llmforge.serve.door import CLIENT_LEFT, Door, Settings, Traffic
 from llmforge.serve.failures import install_handlers
 from llmforge.serve.metrics import Metrics
@@ -71,45 +81,46 @@ def make_app(models: Models, settings: Settings) -> FastAPI:
     app.state.traffic = traffic
     app.add_middleware(Door, settings=settings, traffic=traffic, metrics=metrics)
     install_handlers(app)
+    answered = {200: EVENTS, **errors(400, 404, 408, 413, 504)}
 
-    @app.get("/health")
+    @app.get("/health", response_class=PlainTextResponse, responses={503: {"description": "The server shuts down."}})
     async def health() -> Response:
         """Say whether new requests are taken."""
         if traffic.is_draining:
             return PlainTextResponse("draining", 503)
         return PlainTextResponse("ok")
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, responses=errors())
     async def read_metrics() -> Response:
         """Show the metrics in Prometheus' text format."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=ModelList, responses=errors())
     async def list_models() -> Response:
         """List the models."""
         return _json({"object": "list", "data": [_described(model) for model in models.all()]})
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", response_model=ModelCard, responses=errors(400, 404))
     async def show_model(name: str) -> Response:
         """Show one model."""
         return _json(_described(await server.find(name)))
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=answered)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         return await server.chat(body, request)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", response_model=TextCompletion, responses=answered)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Go on with a text."""
         return await server.complete(body, request)
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", response_model=TokenizedPrompt, responses=errors(400, 404, 408, 413))
     async def tokenize(body: TokenizeRequest) -> Response:
         """Show the token ids of a prompt, as the model would be fed them."""
         return await server.tokenize(body)
 
-    @app.post("/v1/embeddings")
+    @app.post("/v1/embeddings", status_code=400, response_model=ErrorReply, responses=errors(400, 404, 408, 413))
     async def embed(body: EmbeddingsRequest) -> Response:
         """Refuse: what is served here generates text."""
         model = await server.find(body.model)
@@ -195,10 +206,12 @@ class _Server:
         for prompt in body.prompts:
             if isinstance(prompt, str):
                 prompts.append(await self._in_thread(_encode_text, model, prompt, body.add_special_tokens))
+                echo = prompt
             else:
                 check_token_ids(prompt, vocabulary, "prompt")
                 prompts.append(prompt)
-            echoes.append((prompt if isinstance(prompt, str) else model.encoder.decode(prompt)) if body.echo else "")
+                echo = await self._in_thread(model.encoder.decode, prompt) if body.echo else ""
+            echoes.append(echo if body.echo else "")
         longest = max(prompts, key=len)
         sampling = self._sampling(model, longest, body.max_tokens, logprobs=body.logprobs, **given)
         texts = TokenTexts(model.encoder.tokenizer) if body.logprobs is not None else None
@@ -219,7 +232,7 @@ class _Server:
             ids = await self._in_thread(_encode_text, model, body.prompt or "", body.add_special_tokens)
         shown: dict[str, Any] = {"count": len(ids), "max_model_len": model.context_length, "tokens": ids}
         if body.return_token_strs:
-            shown["token_strs"] = model.encoder.tokenizer.convert_ids_to_tokens(ids)
+            shown["token_strs"] = await self._in_thread(model.encoder.tokenizer.convert_ids_to_tokens, ids)
         return _json(shown)
 
     async def _encode_chat(
@@ -251,7 +264,10 @@ class _Server:
         return model.sampling(max_tokens=max_tokens, **given)
 
     async def _answer(self, asked: _Asked, request: Request, streams: bool, arrival: float) -> Response:
-        answers = self._submit(asked)
+        if any(sampling.grammar for sampling in asked.samplings):  # compiled on the way: seconds for a large schema
+            answers = await asyncio.to_thread(self._submit, asked)
+        else:
+            answers = self._submit(asked)
         name = asked.model.name
         self._metrics.prompt_tokens.labels(name).inc(sum(map(len, asked.prompts)))
         timeout = self._settings.request_timeout

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
-from pydantic.json_schema import SkipJsonSchema
 
 from llmforge.data.conversation import checked_messages
 from llmforge.data.rows import BadRow
@@ -52,7 +51,7 @@ class ApiError(Exception):
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class _Part(_Model):
@@ -88,10 +87,10 @@ class ChatMessage(_Model):
     reasoning: str | None = None
     thinking: str | None = None
     # What clients send back of an answer, and what rows of training have: no part of a prompt.
-    refusal: SkipJsonSchema[None] = None
-    audio: SkipJsonSchema[None] = None
-    function_call: SkipJsonSchema[None] = None
-    annotations: SkipJsonSchema[list[Any] | None] = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: list[Any] | None = None
     weight: Literal[0, 1] | None = None
 
     def as_message(self) -> dict[str, Any]:
@@ -106,7 +105,7 @@ class ChatMessage(_Model):
 
 
 class _ToolFunction(BaseModel):
-    model_config = ConfigDict(extra="allow")  # the template may write more than is looked at here
+    model_config = ConfigDict(extra="allow", strict=True)  # the template may write more than is looked at here
 
     name: str = Field(min_length=1)
     description: str | None = None
@@ -116,7 +115,7 @@ class _ToolFunction(BaseModel):
 class Tool(BaseModel):
     """A function that the model may ask to be called; `given` is it as it was sent, for the template to write."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
     type: Literal["function"] = "function"
     function: _ToolFunction
@@ -204,13 +203,13 @@ class _Request(_Model):
     logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias] | None = None
     ignore_eos: bool | None = None
     # Accepted, and without influence on the answer.
-    user: SkipJsonSchema[str | None] = None
-    metadata: SkipJsonSchema[dict[str, Any] | None] = None
-    store: SkipJsonSchema[bool | None] = None
-    service_tier: SkipJsonSchema[str | None] = None
-    safety_identifier: SkipJsonSchema[str | None] = None
-    prompt_cache_key: SkipJsonSchema[str | None] = None
-    prompt_cache_retention: SkipJsonSchema[str | None] = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> Self:
@@ -257,7 +256,7 @@ class ChatRequest(_Request):
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    modalities: SkipJsonSchema[list[Literal["text"]] | None] = None
+    modalities: list[Literal["text"]] | None = None
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
@@ -350,7 +349,7 @@ class CompletionRequest(_Request):
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     best_of: int | None = Field(default=None, ge=1)
-    suffix: SkipJsonSchema[None] = None
+    suffix: None = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
@@ -401,7 +400,7 @@ class EmbeddingsRequest(_Model):
     input: str | list[str] | list[int] | list[list[int]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(default=None, ge=1)
-    user: SkipJsonSchema[str | None] = None
+    user: str | None = None
 
 
 def read_messages(

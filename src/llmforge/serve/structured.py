@@ -44,9 +44,9 @@ class Grammars:
 
     def matcher(self, grammar: str, stop_token_ids: frozenset[int]) -> "Matcher":
         """Begin an answer. Raises InputError where the grammar cannot be used."""
-        inner = _library()(self._tokenizer, grammar)
-        if inner.get_error():
-            raise InputError(f"the grammar cannot be followed: {inner.get_error().splitlines()[0]}")
+        inner = _library()(self._tokenizer, grammar, log_level=0)
+        inner.compute_bitmask()  # seconds for some patterns, and next to nothing the second time
+        _check(inner)
         return Matcher(inner, self._tokenizer.eos_token, stop_token_ids, self._vocabulary)
 
 
@@ -63,8 +63,13 @@ class Matcher:
         return bool(self._inner.is_stopped())
 
     def allowed(self) -> torch.Tensor:
-        """Say which tokens may come next, bool (V,): stop tokens where the answer may end."""
+        """Say which tokens may come next, bool (V,): stop tokens where the answer may end.
+
+        Raises:
+            InputError: the grammar turns out to be too much to follow.
+        """
         packed = np.frombuffer(self._inner.compute_bitmask(), dtype=np.uint8)
+        _check(self._inner)
         allowed = torch.from_numpy(np.unpackbits(packed, bitorder="little")[: self._vocabulary]).bool()
         if len(self._stops):
             may_end = bool(allowed[self._end])
@@ -75,6 +80,11 @@ class Matcher:
     def advance(self, token: int) -> None:
         """Go on by a token that was allowed."""
         self._inner.consume_token(self._end if token in self._stops else token)
+
+
+def _check(inner: Any) -> None:
+    if problem := inner.get_error():
+        raise InputError(f"the grammar cannot be followed: {problem.splitlines()[0]}")
 
 
 def _library() -> Any:

@@ -77,6 +77,8 @@ class TransformersEngine:
         max_batch: answers at a time.
         max_waiting: requests that wait; more are refused.
         cache_bytes: memory for keys and values; None takes a part of what is free.
+        prepares_grammars: read the tokenizer for grammars now. That takes seconds for a large vocabulary, in which
+            nothing else goes on; otherwise the first request with a grammar has it done.
     """
 
     def __init__(
@@ -89,11 +91,13 @@ class TransformersEngine:
         max_batch: int = MAX_BATCH,
         max_waiting: int = MAX_WAITING,
         cache_bytes: int | None = None,
+        prepares_grammars: bool = False,
     ) -> None:
         self.context_length = native_context_length(model.config) or _UNLIMITED
         self.device, self.dtype, self.model = device, dtype, model.to(device)
         self._tokenizer = tokenizer
         self._grammars: Grammars | None = None
+        self._making_grammars = threading.Lock()
         self._autocast = autocast(device, dtype)
         self._max_batch, self._max_waiting = max_batch, max_waiting
         choose_matmul(device)
@@ -104,6 +108,8 @@ class TransformersEngine:
         self._stepper, self.note = make_stepper(model, self._adapters, device, self._autocast)
         self._vocabulary = len(model.get_input_embeddings().weight)
         self._cache_bytes = int(_CACHE_SHARE * free_memory(device)) if cache_bytes is None else cache_bytes
+        if prepares_grammars and tokenizer.is_fast:
+            self._make_grammars()
         self._reserved = 0
         self._running: list[_Answer] = []
         self._waiting: deque[_Answer] = deque()
@@ -219,9 +225,10 @@ class TransformersEngine:
         self._thread.join()
 
     def _make_grammars(self) -> Grammars:
-        if self._grammars is None:
-            self._grammars = Grammars(self._tokenizer, self._vocabulary)
-        return self._grammars
+        with self._making_grammars:
+            if self._grammars is None:
+                self._grammars = Grammars(self._tokenizer, self._vocabulary)
+            return self._grammars
 
     def _between_steps(self, do: Any) -> None:
         change = _Change(do)
@@ -294,16 +301,19 @@ class TransformersEngine:
         logits_SV = self._stepper.step(work)
         wanting = [answer for answer, item in zip(answers, work, strict=True) if item.wants_logits]
         for answer, token in zip(wanting, self._choose(wanting, logits_SV), strict=True):
-            self._tell(answer, token)
+            if isinstance(token, Token):
+                self._tell(answer, token)
+            else:
+                self._end(answer, Update((), error=token))
 
-    def _choose(self, answers: Sequence[_Answer], logits_SV: torch.Tensor) -> list[Token]:
-        """Choose the next token of each answer."""
+    def _choose(self, answers: Sequence[_Answer], logits_SV: torch.Tensor) -> list[Token | InputError]:
+        """Choose the next token of each answer; an error is its own, and ends no other."""
         samplers = [answer.sampler for answer in answers]
         are_plain = [sampler.is_plain for sampler in samplers]
         likeliest = logits_SV.argmax(-1).tolist() if any(are_plain) else [-1] * len(samplers)
         rows = logits_SV if all(are_plain) else logits_SV.cpu()
         return [
-            Token(best) if sampler.is_plain else sampler.choose(row)
+            Token(best) if sampler.is_plain else _chosen(sampler, row)
             for sampler, best, row in zip(samplers, likeliest, rows, strict=True)
         ]
 
@@ -337,6 +347,13 @@ class TransformersEngine:
         self._reserved -= answer.bytes
         self._stepper.forget(answer.conversation)
         answer.listener(last)
+
+
+def _chosen(sampler: Sampler, logits_V: torch.Tensor) -> Token | InputError:
+    try:
+        return sampler.choose(logits_V)
+    except InputError as error:
+        return error
 
 
 def _in_words(error: Exception) -> LlmforgeError:
