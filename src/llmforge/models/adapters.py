@@ -80,7 +80,7 @@ class Adapters:
         """
         check_adapter(directory, key="adapter")
         settings = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        if why := _needs(settings):
+        if why := needs_own_base(settings):
             raise NotShareableError(f"the adapter in {directory} cannot share its base model: {why}")
         config = peft.LoraConfig.from_pretrained(directory)
         try:
@@ -165,7 +165,7 @@ class Adapters:
         return add
 
 
-def _needs(settings: Mapping[str, Any]) -> str:
+def needs_own_base(settings: Mapping[str, Any]) -> str:
     """Say what of an adapter's settings is more than products beside linear layers; nothing if nothing is."""
     if settings.get("peft_type") != "LORA":
         return f"it is {settings.get('peft_type')}, not LORA"
