@@ -450,6 +450,50 @@ def generate(
 
 
 @app.command()
+def serve(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN…", help="Directories of runs, artifacts or models; NAME=PATH gives another name."),
+    ],
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="NAME=PATH", help="Adapter on the same base model. Repeatable."),
+    ] = None,
+    dynamic_adapters: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Load adapters from here when they are asked for; local, s3:// or gs://."),
+    ] = None,
+    max_adapters: Annotated[int, typer.Option(min=1, help="How many of those are kept.")] = 16,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option("--api-key", envvar="LLMFORGE_API_KEY", help="Key that clients need. Repeatable."),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Answers generated at once.")] = 16,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are refused.")] = 256,
+    request_timeout: Annotated[float, typer.Option(min=0.001, help="Seconds that an answer may take.")] = 600.0,
+    dtype: Annotated[str | None, typer.Option(help="Number format: fp32 or bf16; by default that of the run.")] = None,
+) -> None:
+    """Serve models under OpenAI's API, each in the prompt format it was trained in."""
+    from llmforge.jobs.serve import serve as start
+
+    start(
+        runs,
+        adapters=adapters or (),
+        dynamic_adapters=dynamic_adapters,
+        max_adapters=max_adapters,
+        host=host,
+        port=port,
+        api_keys=api_key or (),
+        max_batch=max_batch,
+        max_waiting=max_waiting,
+        request_timeout=request_timeout,
+        dtype=dtype,
+    )
+
+
+@app.command()
 def export(
     run: RunPath,
     format: Annotated[

@@ -119,8 +119,8 @@ class Cache:
 
     @property
     def bytes_per_token(self) -> int:
-        """The bytes that a token takes, once something is cached."""
-        return max((slab.bytes_per_token for slab in self._slabs.values()), default=self._bytes_per_token)
+        """The bytes that a token takes, once something was cached and forgotten."""
+        return self._bytes_per_token
 
     @torch.inference_mode()
     def forget(self, conversation: Conversation) -> None:
@@ -129,7 +129,7 @@ class Cache:
             slab = conversation.slab
             slab.remove(conversation)
             if not slab.users:
-                self._bytes_per_token = slab.bytes_per_token
+                self._bytes_per_token = max(self._bytes_per_token, slab.bytes_per_token)
                 del self._slabs[slab.capacity]
         conversation.length = 0
 
@@ -159,6 +159,7 @@ class _Newest:
     index_R: torch.Tensor
     positions_R: torch.Tensor
     longest: int
+    are_even: bool  # all have as many tokens
 
     @property
     def places(self) -> slice:
@@ -199,8 +200,8 @@ class Step:
             index_R = torch.tensor(rows, device=device)
             positions_R = torch.tensor([conversation.length for conversation in group], device=device)
             together = slice(0, len(rows)) if rows == list(range(len(rows))) else index_R
-            longest = max(conversation.length for conversation in group) + 1
-            newest.append(_Newest(slab, start, together, index_R, positions_R, longest))
+            lengths = {conversation.length + 1 for conversation in group}
+            newest.append(_Newest(slab, start, together, index_R, positions_R, max(lengths), len(lengths) == 1))
             positions.append(positions_R)
             start += len(group)
         stretches = []
@@ -225,7 +226,7 @@ class Step:
 def _hidden(group: _Newest, sees: MaskFunction | None) -> torch.Tensor | None:
     positions = group.positions_R
     places = torch.arange(group.longest, device=positions.device)
-    if sees is None and bool((positions + 1 == group.longest).all()):
+    if sees is None and group.are_even:
         return None
     seen = _seen_by(positions, places, sees)
     hidden = torch.zeros(seen.shape, device=positions.device).masked_fill_(~seen, -torch.inf)

@@ -117,6 +117,12 @@ class Models:
             self._check_free(name)
             return self._serve(name, directory, *self._adapter(directory, None))
 
+    def put(self, model: ServedModel) -> None:
+        """Serve a model over an engine that the caller has made, and closes. Raises InputError: the name is taken."""
+        with self._names:
+            self._check_free(model.name)
+            self._models[model.name] = model
+
     def add_base_of(self, model: ServedModel, name: str, source: ModelSource | None = None) -> ServedModel:
         """Serve what a model was before training, in the same prompt format, to compare both.
 
