@@ -155,7 +155,11 @@ def shown(value: Any) -> str:
 def listed(names: Iterable[str]) -> str:
     """Write names as a list that a person will read: all of them, or the first few."""
     names = list(names)
-    return ", ".join(names) if len(names) <= _MOST_LISTED else f"{', '.join(names[:8])}, … (`llmforge schema` has all of them)"
+    return (
+        ", ".join(names)
+        if len(names) <= _MOST_LISTED
+        else f"{', '.join(names[:8])}, … (`llmforge schema` has all of them)"
+    )
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
