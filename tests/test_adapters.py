@@ -23,7 +23,7 @@ from llmforge.jobs.run import Run
 from llmforge.models.adapter import add_lora, is_tied, merge
 from llmforge.models.load import load_base_model
 from llmforge.models.source import ModelSource
-from llmforge.serve.engine import Engine
+from llmforge.models.trained import load_trained_model
 from tiny_runs import LORA, Listener, plain_python, run_here, write_config
 
 IDS = torch.arange(20, 60).view(2, 20)
@@ -127,8 +127,8 @@ def test_the_merged_model_computes_the_same_and_survives_saving(
     name: str, tied: bool, train: Callable[..., Trained], tmp_path: Path
 ) -> None:
     trained = train(name, tied)
-    engine = Engine.load(trained.run.artifact_dir, dtype="fp32")
-    torch.testing.assert_close(logits(engine.model), trained.logits, rtol=0, atol=ATOL)
+    loaded = load_trained_model(trained.run.artifact_dir, dtype=torch.float32)
+    torch.testing.assert_close(logits(loaded), trained.logits, rtol=0, atol=ATOL)
     merged = merge(trained_model(trained.run, Path(load_config(trained.run.run_dir / "config.yaml").config.model_id)))
     assert not isinstance(merged, peft.PeftModel)
     torch.testing.assert_close(logits(merged), trained.logits, rtol=0, atol=ATOL)
@@ -178,7 +178,7 @@ def test_under_bf16_all_that_is_trained_is_fp32(data_dir: Path, tied_model_dir: 
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
     norm = saved["base_model.model.model.norm.weight"]
     assert 0 < (norm - 1).abs().max() < 1e-3
-    answers = run.engine.generate([[{"role": "user", "content": "red?"}]], max_new_tokens=4)
+    answers = run.generate([[{"role": "user", "content": "red?"}]], max_new_tokens=4)
     assert len(answers) == 1
 
 

@@ -15,12 +15,11 @@ from conftest import PROMPT_FORMATS, random_conversation, save_model
 from llmforge.checkpoint import list_checkpoints
 from llmforge.errors import ConversationError, InputError, RunError
 from llmforge.export.artifact import build_generation_config, write_artifact
-from llmforge.jobs.run import load_run
+from llmforge.jobs.run import load_model, load_run
 from llmforge.models.adapter import add_lora
 from llmforge.models.load import load_base_model, load_tokenizer
 from llmforge.models.source import ModelSource
 from llmforge.prompt import Encoder, PromptFormat, StopRules, build_format, load_format
-from llmforge.serve.engine import Engine
 from tiny_runs import LORA, plain_python, run_here, tree
 
 IDS = torch.arange(20, 60).view(2, 20)
@@ -175,7 +174,7 @@ def test_an_adapter_names_its_base_model_and_everything_loads_when_moved(
     assert load_run(moved).chat(question, max_new_tokens=6) == before
     shutil.rmtree(data_dir / "base")
     with pytest.raises(InputError, match=r"base model: .*base"):
-        Engine.load(moved / "artifact")
+        load_model(moved / "artifact")
 
 
 def test_a_base_model_given_by_hub_id_is_named_by_it(

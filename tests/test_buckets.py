@@ -38,7 +38,9 @@ from llmforge.errors import BucketError, InputError, ModelError, OutputError
 from llmforge.jobs import finetune as jobs
 from llmforge.jobs.mirror import Mirror
 from llmforge.jobs.run import load_run
-from llmforge.models.source import find_model
+from llmforge.models.source import ModelSource, find_model
+from llmforge.serve.models import Loading, Models, UnknownModelError
+from llmforge.serve.offline import stream
 from test_resume import LONG, results, same, wait_for_steps
 from tiny_runs import LORA, Listener, child, run_config, run_here, tree, write_config
 
@@ -66,6 +68,30 @@ def put_tree(store: FaultyStore, prefix: str, directory: Path) -> str:
     for name, content in tree(directory).items():
         store.put(f"{prefix}/{name}", content)
     return f"s3://bucket/{prefix}"
+
+
+# --- adapters on demand ---------------------------------------------------------------------------------------------
+
+
+def test_adapters_are_loaded_on_demand_from_a_bucket(store: FaultyStore, data_dir: Path, model_dir: Path) -> None:
+    run, _ = run_here(data_dir, model_dir, **QUICK)
+    put_tree(store, "lora/one", run.artifact_dir)
+    put_tree(store, "lora/a-run", run.run_dir)
+    put_tree(store, "secret/two", run.artifact_dir)
+    expected = run.chat(question := [{"role": "user", "content": "What does red mean?"}], max_new_tokens=4)
+    models = Models(dynamic_lora_loading_path="s3://bucket/lora/", cache_bytes=1 << 26)
+    models.add("base", ModelSource(str(model_dir), model_dir), Loading(dtype="fp32"))
+    for name in ("one", "base:one", "a-run"):
+        assert "".join(stream(models.get(name), question, {"max_new_tokens": 4})) == expected
+    assert not any("checkpoints" in request.path for request in store.requests if request.method == "GET")
+    for name in ("two", "../secret/two", "secret"):
+        with pytest.raises(UnknownModelError, match=r"there is no model .*, and adapters in s3://bucket/lora"):
+            models.get(name)
+    store.fault = lambda request: FORBIDDEN
+    with pytest.raises(BucketError, match="no permission"):
+        models.get("three")
+    assert "".join(stream(models.get("one"), question, {"max_new_tokens": 4})) == expected
+    models.close()
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------

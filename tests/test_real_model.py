@@ -47,8 +47,7 @@ def run(tmp_path_factory):
 
 def test_the_base_model_is_really_the_trained_one(run):
     question = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-    with run.engine.without_adapter():
-        assert "Paris" in run.chat([{"role": "user", "content": question}], max_new_tokens=12)
+    assert "Paris" in run.generate([[{"role": "user", "content": question}]], base=True, max_new_tokens=12)[0]
 
 
 def test_the_saved_tokenizer_renders_the_ids_that_were_trained(run):
@@ -58,17 +57,19 @@ def test_the_saved_tokenizer_renders_the_ids_that_were_trained(run):
     for line in (ROOT / "examples" / "safety" / "valid.jsonl").read_text(encoding="utf-8").splitlines():
         prompt = json.loads(line)["messages"][:-1]
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-        assert ids == run.engine.encoder.encode_prompt(prompt)
+        assert ids == run.model.encoder.encode_prompt(prompt)
 
 
 def test_plain_transformers_and_peft_compute_the_same(run):
     import torch
     from peft import AutoPeftModelForCausalLM
 
+    from llmforge.models.trained import load_trained_model
+
     plain = AutoPeftModelForCausalLM.from_pretrained(run.artifact_dir, dtype=torch.float32)
-    ids = torch.tensor([run.engine.encoder.encode_prompt([{"role": "user", "content": "Message: hello"}])])
+    ids = torch.tensor([run.model.encoder.encode_prompt([{"role": "user", "content": "Message: hello"}])])
     with torch.no_grad():
-        expected, found = run.engine.model(ids).logits, plain(ids).logits
+        expected, found = load_trained_model(run.artifact_dir, dtype=torch.float32)(ids).logits, plain(ids).logits
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 

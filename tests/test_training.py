@@ -282,7 +282,7 @@ def test_it_learns_and_answers(keys: dict[str, Any], data_dir: Path, model_dir: 
     run, listener = run_here(data_dir, model_dir, **{"num_epochs": 12, **keys})
     if keys.get("task") != "causal_lm":  # which question comes next cannot be learnt
         assert listener.of("step", "train_loss")[-1] < 0.02
-    answers = run.engine.generate([messages for messages, _ in COLOURS], max_new_tokens=8)
+    answers = run.generate([messages for messages, _ in COLOURS], max_new_tokens=8)
     assert answers == [answer for _, answer in COLOURS]
 
 

@@ -33,9 +33,8 @@ def main() -> None:
     rows = [json.loads(line) for line in (HERE / "valid.jsonl").read_text(encoding="utf-8").splitlines()]
     prompts = [row["messages"][:-1] for row in rows]
     expected = [row["messages"][-1]["content"] for row in rows]
-    after = run.engine.generate(prompts, batch_size=16, max_new_tokens=8)
-    with run.engine.without_adapter():
-        before = run.engine.generate(prompts, batch_size=16, max_new_tokens=8)
+    after = run.generate(prompts, max_new_tokens=8)
+    before = run.generate(prompts, base=True, max_new_tokens=8)
 
     print(f"\n{'accuracy on ' + str(len(rows)) + ' unseen messages':<40} {'before':>8} {'after':>8}")
     for name, judge in (("safe or unsafe", label), ("the whole answer, category included", str)):

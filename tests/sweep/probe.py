@@ -67,6 +67,7 @@ def product(directory: Path) -> None:
     from llmforge.jobs.finetune import finetune
     from llmforge.models.merge import merge_adapter
     from llmforge.models.source import find_model
+    from llmforge.models.trained import load_trained_model
     from tiny_runs import Listener, write_config
 
     prove_text.RANDOM_CONVERSATIONS = 8  # what they prove is the tokenizer's side, and that is the same for all here
@@ -92,7 +93,7 @@ def product(directory: Path) -> None:
         half = len(losses) // 2
         if not sum(losses[half:]) < sum(losses[:half]):
             raise FailedError(f"{tag}: the loss does not fall ({', '.join(f'{loss:.3f}' for loss in losses)})")
-        _check_padding(tag, run.engine.model)
+        _check_padding(tag, load_trained_model(run.artifact_dir, dtype=torch.float32))
         if not (directory / NO_ANSWERS).is_file():
             run.chat([{"role": "user", "content": "What does red mean?"}], max_new_tokens=4)
         (directory / tag).symlink_to(run.artifact_dir)

@@ -424,11 +424,14 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message of the conversation.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 answers greedily.")] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="base", help="Show the base model's answers beside the run's.")
+    ] = None,
 ) -> None:
     """Talk to a run's model."""
     from llmforge.jobs.talk import chat as talk
 
-    talk(run, system=system, options=_given(max_new_tokens=max_new_tokens, temperature=temperature))
+    talk(run, system=system, compare=compare, options=_given(max_new_tokens=max_new_tokens, temperature=temperature))
 
 
 @app.command()
@@ -439,13 +442,16 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Conversations answered together.")] = 8,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 answers greedily.")] = None,
-    base: Annotated[bool, typer.Option("--base", help="Answer with the base model, without the adapter.")] = False,
+    base: Annotated[
+        bool, typer.Option("--base", help="Answer with the base model, as it was before training.")
+    ] = False,
+    num_devices: Annotated[int, typer.Option("--num-devices", min=1, help="Answer on so many devices, with Ray.")] = 1,
 ) -> None:
-    """Answer a file of conversations."""
-    from llmforge.jobs.talk import generate as answer
+    """Answer a file of conversations. The same command continues what was interrupted."""
+    from llmforge.jobs.generate import generate as answer
 
     options = _given(max_new_tokens=max_new_tokens, temperature=temperature)
-    count = answer(run, input, output, batch_size=batch_size, base=base, options=options)
+    count = answer(run, input, output, batch_size=batch_size, base=base, options=options, num_devices=num_devices)
     print(f"{count:,} answers in {output}", file=sys.stderr)
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +93,8 @@ def train_on_ray(
         ConfigError: Ray is not installed, or the cluster can never hold the workers.
         InputError, RunError: as the workers raised it, or they were lost too often.
     """
-    ray = _import_ray()
-    with _connected(ray, workers, audience):
+    ray = import_ray()
+    with connected(ray, workers, audience.note):
         placement = Placement.of(devices, workers, has_gpu=_has_gpu(ray), cores=_cores(ray))
         if wait:
             audience.note(f"asking the cluster for {workers} workers of {_in_words(placement.each)} each")
@@ -187,7 +187,8 @@ def _raise_if_meant(directory: RunDirectory) -> None:
     raise kind(failure["message"])
 
 
-def _import_ray() -> Any:
+def import_ray() -> Any:
+    """Import Ray, as quiet as it can be. Raises ConfigError where it is not installed."""
     os.environ.update({name: value for name, value in _SETTINGS.items() if name not in os.environ})
     try:
         import ray
@@ -201,7 +202,7 @@ def _import_ray() -> Any:
 
 
 @contextmanager
-def _connected(ray: Any, workers: int, audience: Reporter) -> Iterator[None]:
+def connected(ray: Any, workers: int, note: Callable[[str], None]) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names or that runs here, or start Ray in this machine and stop it again."""
     if ray.is_initialized():
         yield
@@ -223,7 +224,7 @@ def _connected(ray: Any, workers: int, audience: Reporter) -> Iterator[None]:
         context = ray.init("local", num_cpus=max(workers, _own_cores()), **options)
         place = "started Ray on this machine"
     dashboard = getattr(context, "dashboard_url", None)
-    audience.note(f"{place}" + (f"; its dashboard is http://{dashboard}" if dashboard else ""))
+    note(f"{place}" + (f"; its dashboard is http://{dashboard}" if dashboard else ""))
     try:
         yield
     finally:

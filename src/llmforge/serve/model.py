@@ -13,6 +13,7 @@ from llmforge.prompt import Encoder, Message, StopRules
 from llmforge.serve.requests import Engine, FinishReason, Request, Sampling, Ticket, Token, Update
 from llmforge.serve.text import TextStream, find_byte_tokens
 
+DEFAULT_NEW_TOKENS = 512
 _CHOOSING = ("temperature", "top_p", "top_k", "min_p")  # to give one of them is to ask for sampling
 # Options of transformers' `generate` that an answer has: the values that each takes, in code and in words.
 _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -87,6 +88,8 @@ class ServedModel:
     def options(self, **options: Any) -> Sampling:
         """Read options as transformers' `generate` names them (max_new_tokens, temperature, do_sample, …).
 
+        An answer has at most `DEFAULT_NEW_TOKENS` where neither they nor the artifact say otherwise.
+
         Raises:
             InputError: an option that is none of them, or a value that none of them takes.
         """
@@ -98,7 +101,8 @@ class ServedModel:
             is_allowed, allowed = _OPTIONS[name]
             if not isinstance(value, int | float) or not is_allowed(value):
                 raise InputError(f"given {name} {value!r}; allowed is {allowed}")
-        max_tokens, do_sample = given.pop("max_new_tokens", None), given.pop("do_sample", None)
+        longest = self.defaults.get("max_new_tokens") or DEFAULT_NEW_TOKENS
+        max_tokens, do_sample = given.pop("max_new_tokens", longest), given.pop("do_sample", None)
         if do_sample is False:
             given["temperature"] = 0.0
         elif do_sample:

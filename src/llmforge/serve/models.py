@@ -439,8 +439,9 @@ def _settings(directory: Path) -> dict[str, Any]:
 
 def _base_name(directory: Path) -> str:
     settings = _settings(directory)
-    revision = settings.get("revision")
-    name = str(settings.get("base_model_name_or_path"))
+    name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if not name:
+        return "a base model that it does not name"
     return f"{name} at {revision}" if revision else name
 
 
@@ -454,11 +455,12 @@ def _was_trained_on(adapter: Path, base: ModelSource) -> bool:
     No other model is downloaded to find out.
     """
     name = str(_settings(adapter).get("base_model_name_or_path"))
-    place = (adapter / Path(name).expanduser()).resolve()
-    if place == base.path.resolve():
-        return True
-    if place.is_dir():
-        return place == base.directory.resolve() or ModelSource(name, place).content_hash() == base.content_hash()
+    for directory in (adapter, Path.cwd()):
+        place = (directory / Path(name).expanduser()).resolve()
+        if place == base.path.resolve():
+            return True
+        if place.is_dir():
+            return place == base.directory.resolve() or ModelSource(name, place).content_hash() == base.content_hash()
     if (origin := origin_of_copy(Path(name))) is not None:
         return origin == origin_of_copy(base.directory)
     return name == base.name and _is_same(find_base_model(adapter), base)  # which may be another revision

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from llmforge.errors import InputError
@@ -63,9 +64,8 @@ class Matcher:
 
     def allowed(self) -> torch.Tensor:
         """Say which tokens may come next, bool (V,): stop tokens where the answer may end."""
-        packed = torch.frombuffer(bytearray(self._inner.compute_bitmask()), dtype=torch.uint8)
-        bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-        allowed = bits.flatten()[: self._vocabulary].bool()
+        packed = np.frombuffer(self._inner.compute_bitmask(), dtype=np.uint8)
+        allowed = torch.from_numpy(np.unpackbits(packed, bitorder="little")[: self._vocabulary]).bool()
         if len(self._stops):
             may_end = bool(allowed[self._end])
             allowed[self._end] = False

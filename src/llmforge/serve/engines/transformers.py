@@ -17,7 +17,7 @@ import torch
 
 from llmforge.errors import InputError, LlmforgeError, ModelError
 from llmforge.models.adapters import Adapters
-from llmforge.models.arithmetic import choose_matmul, keep_freed_memory, lay_out_weights
+from llmforge.models.arithmetic import choose_matmul, lay_out_weights
 from llmforge.models.cached_attention import capacity_for
 from llmforge.models.device import DTYPES, Dtype, autocast, best_dtype, find_device, free_memory
 from llmforge.models.fused_norm import fuse_norms
@@ -96,7 +96,6 @@ class TransformersEngine:
         self._grammars: Grammars | None = None
         self._autocast = autocast(device, dtype)
         self._max_batch, self._max_waiting = max_batch, max_waiting
-        keep_freed_memory()
         choose_matmul(device)
         fuse_norms(model)
         if device.type == "cpu":
