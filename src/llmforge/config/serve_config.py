@@ -111,8 +111,8 @@ def _read(path: Path) -> Iterator[ServedConfig]:
             meant = "".join(f"; did you mean {key} instead of {given}?" for key, given in near.items() if given)
             run = "; serve a run by its directory: llmforge serve RUN" if "train_path" in data else ""
             raise ConfigError(
-                f"given a file with {words.listed(data)}; allowed is a model config, which has engine_config (RayLLM) or "
-                f"model_loading_config (Ray Serve LLM), or a Serve application, which has applications{meant}{run}",
+                f"given a file with {words.listed(data)}; allowed is a model config, which has engine_config (RayLLM) "
+                f"or model_loading_config (Ray Serve LLM), or a Serve application, which has applications{meant}{run}",
                 file=source.file,
                 line=1,
             )

@@ -47,6 +47,7 @@ class GenerateKwargs(Section):
     presence_penalty: Penalty | None = Field(None, description="Taken from the logits of tokens that were generated.")
     frequency_penalty: Penalty | None = Field(None, description="The same, for each time that they were.")
     seed: int | None = Field(None, description="Makes answers repeatable.")
+    return_token_type_ids: Literal[False] = Field(False, description="Of transformers; old files have it.")
 
 
 class RayGenerationSection(Section):

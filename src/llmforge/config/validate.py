@@ -15,7 +15,6 @@ from llmforge.config.schema import FineTuningConfig
 from llmforge.config.section import CombinationError, Section
 from llmforge.config.yaml_source import KeyPath, dotted
 
-
 Model = TypeVar("Model", bound=Section)
 
 
