@@ -183,6 +183,8 @@ def _served(
     deployment = config.deployment_config or DeploymentSection()
     dtype = kwargs.get("dtype")
     own = [key for key in _READ_OF_ENGINE if key != "dtype" or dtype in (*_DTYPES, "auto")]
+    if kwargs.get("generation_config") == kwargs.get("tokenizer"):
+        own.append("generation_config")  # which is read beside the tokenizer
     return ServedConfig(
         path,
         name,
@@ -206,8 +208,9 @@ def _served(
 def _of_type(path: Path, kwargs: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
     """Give an argument of the engine, if it is there. Raises ConfigError when it is nothing that vLLM takes."""
     value = kwargs.get(key)
-    is_wrong = type(value) is not kind or (kind is int and value < 1)
-    if value is not None and is_wrong:
+    if value is None:
+        return None
+    if type(value) is not kind or (isinstance(value, int) and kind is int and value < 1):
         allowed = {str: "a text", bool: "true or false", int: "a whole number of at least 1"}[kind]
         raise ConfigError(f"engine_kwargs.{key}: given {words.shown(value)}; allowed {allowed}", file=str(path))
     return value

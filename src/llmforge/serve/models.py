@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import WeakSet, WeakValueDictionary
 
 from llmforge.bucket import BucketDirectory, bucket_url, copy_to_cache, origin_of_copy
@@ -20,7 +20,7 @@ from llmforge.models.device import DTYPES, Dtype, best_dtype, find_device
 from llmforge.models.load import TOKENIZER_FILES, load_tokenizer
 from llmforge.models.source import ADAPTER_CONFIG, ModelSource, check_adapter, check_weights
 from llmforge.models.trained import find_base_model, is_adapter, load_trained_model
-from llmforge.prompt import Encoder, Message, PromptFormat, StopRules, build_format, load_format
+from llmforge.prompt import Encoder, Message, PromptFormat, StopRules, build_format, format_section, load_format
 from llmforge.serve.engines.transformers import TransformersEngine
 from llmforge.serve.model import ServedModel
 from llmforge.serve.overrides import UNCHANGED, Overrides
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from llmforge.serve.engines.vllm import VllmEngine
 
 EngineName = Literal["transformers", "vllm"]
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
 MAX_ADAPTERS = 16
 _FORMAT = "prompt_format.yaml"
@@ -141,7 +142,14 @@ class Models:
             self._check_free(name)
             base, adapter = self._load(source, loading)
             text_source = overrides.tokenizer or (source if _has_text_side(source.directory) else base.source)
-            encoder, stop = overrides.apply(*self._text_side(text_source, loading))
+            own = self._text_side(text_source, loading)
+            encoder, stop = overrides.apply(*own)
+            file = text_source.directory / _FORMAT
+            if file.is_file() and format_section(own[0].format) != format_section(encoder.format):
+                self._note(
+                    f"{name} is not served in the prompt format that it was trained in ({file}), but in another one, "
+                    "which its config gives"
+                )
             defaults = {**_generation_config((overrides.tokenizer or source).directory), **overrides.defaults}
             return self._serve(name, source.directory, encoder, stop, base, adapter, defaults)
 
