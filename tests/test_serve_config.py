@@ -47,7 +47,10 @@ def format_of(**keys: Any) -> Any:
     """Read a prompt format as a file has it, where what is not written has RayLLM's defaults."""
     tokenizer = keys.pop("tokenizer", None) or build_tokenizer()
     defaults = {
-        "bos": None, "system_in_user": False, "default_system_message": "", "strip_whitespace": True,
+        "bos": None,
+        "system_in_user": False,
+        "default_system_message": "",
+        "strip_whitespace": True,
         "add_system_tags_even_if_message_is_empty": False,
     }
     return rayllm_format({**defaults, **keys}, tokenizer)
@@ -119,8 +122,10 @@ def test_the_tokenizers_own_bos_stands_in_front_unless_the_file_says_another() -
 @pytest.mark.parametrize("keys", [BRACKETS, LLAMA_2, {**LLAMA_2, "user": "{{}}{system}{instruction}{{x}}"}])
 def test_what_is_served_is_what_rayllm_renders(keys: dict[str, Any], tags: bool, strip: bool) -> None:
     section = {
-        "system_in_user": False, **keys,
-        "strip_whitespace": strip, "add_system_tags_even_if_message_is_empty": tags,
+        "system_in_user": False,
+        **keys,
+        "strip_whitespace": strip,
+        "add_system_tags_even_if_message_is_empty": tags,
     }
     format = format_of(**section)
     generator, compared = random.Random(3), 0
@@ -165,6 +170,12 @@ def test_a_base_model_without_a_template_continues_texts_and_carries_adapters(
     model = serve(models, write(tmp_path, {"model_loading_config": NEW["model_loading_config"]}))
     with pytest.raises(ConversationError, match="no chat template"):
         model.encode(ASKED)
+    passed = {**dict.fromkeys(("system", "user", "assistant"), "{instruction}"), "strip_whitespace": False}
+    named = {**NEW["model_loading_config"], "model_id": "passes"}
+    chats = serve(
+        models, write(tmp_path, {"model_loading_config": named, "generation_config": {"prompt_format": passed}})
+    )
+    assert chats.encoder.decode(chats.encode(ASKED)) == " hello "
     answer = model.answer(model.encoder.encode_text("fox"), model.sampling(max_tokens=3, ignore_stops=True))
     assert sum(len(piece.tokens) for piece in answer) == 3
     artifact = write_artifact(tmp_path / "adapter", base)

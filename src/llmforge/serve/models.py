@@ -6,7 +6,7 @@ import itertools
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -14,16 +14,16 @@ from weakref import WeakSet, WeakValueDictionary
 
 from llmforge.bucket import BucketDirectory, bucket_url, copy_to_cache, origin_of_copy
 from llmforge.config import derive
-from llmforge.errors import ConversationError, InputError, ModelError, OutputError
+from llmforge.errors import InputError, ModelError, OutputError
 from llmforge.models.adapters import NotShareableError, needs_own_base
 from llmforge.models.device import DTYPES, Dtype, best_dtype, find_device
 from llmforge.models.load import TOKENIZER_FILES, load_tokenizer
 from llmforge.models.source import ADAPTER_CONFIG, ModelSource, check_adapter, check_weights
 from llmforge.models.trained import find_base_model, is_adapter, load_trained_model
-from llmforge.prompt import Encoder, Message, PromptFormat, StopRules, build_format, format_section, load_format
+from llmforge.prompt import Encoder, StopRules, build_format, load_format
 from llmforge.serve.engines.transformers import TransformersEngine
 from llmforge.serve.model import ServedModel
-from llmforge.serve.overrides import UNCHANGED, Overrides
+from llmforge.serve.overrides import UNCHANGED, NoFormat, Overrides
 from llmforge.serve.requests import Engine, OverloadedError
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
 MAX_ADAPTERS = 16
 _FORMAT = "prompt_format.yaml"
-_PASSED = "{instruction}"
 _BUSY = 1.0  # seconds after which an adapter may be free again
 
 
@@ -56,21 +55,6 @@ class Loading:
     trust_remote_code: bool = False
     allow_pickle_weights: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
-
-
-class _NoFormat(PromptFormat):
-    """Stands for the format of a model that has none: texts can be continued, and conversations are refused."""
-
-    system: str = _PASSED
-    user: str = _PASSED
-    assistant: str = _PASSED
-    trailing_assistant: str = ""
-
-    def _render_each(self, messages: Sequence[Message]) -> Iterator[tuple[Message, str]]:
-        raise ConversationError(
-            "this model has no chat template, so that it can continue texts only (/v1/completions); to chat with it, "
-            "write its prompt_format in a file for llmforge serve --config"
-        )
 
 
 @dataclass(eq=False)
@@ -145,7 +129,7 @@ class Models:
             own = self._text_side(text_source, loading)
             encoder, stop = overrides.apply(*own)
             file = text_source.directory / _FORMAT
-            if file.is_file() and format_section(own[0].format) != format_section(encoder.format):
+            if file.is_file() and encoder is not own[0]:
                 self._note(
                     f"{name} is not served in the prompt format that it was trained in ({file}), but in another one, "
                     "which its config gives"
@@ -420,7 +404,7 @@ class Models:
         tokenizer = self._tokenizer(source, loading.trust_remote_code)
         if (source.directory / _FORMAT).is_file():
             return load_format(source.directory, tokenizer)
-        format = build_format(None, tokenizer) if tokenizer.chat_template else _NoFormat()
+        format = build_format(None, tokenizer) if tokenizer.chat_template else NoFormat()
         encoder = Encoder(tokenizer, format)
         ends = _generation_config(source.directory).get("eos_token_id") or []
         return encoder, StopRules.derive(encoder, [], ends if isinstance(ends, list) else [ends])

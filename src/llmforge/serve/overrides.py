@@ -1,6 +1,6 @@
 """What a config file says of a model's prompts and answers, over what the model itself says."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -8,10 +8,25 @@ from typing import Any
 
 from llmforge.config.serve_config import ServedConfig
 from llmforge.config.serve_schema import GenerateKwargs, RayGenerationSection
-from llmforge.errors import ConfigError
+from llmforge.errors import ConfigError, ConversationError
 from llmforge.models.source import ModelSource
-from llmforge.prompt import Encoder, Format, StopRules, build_format
+from llmforge.prompt import Encoder, Format, Message, PromptFormat, StopRules, build_format, chat_template_of
 from llmforge.prompt.rayllm import rayllm_format
+
+
+class NoFormat(PromptFormat):
+    """Stands for the format of a model that has none: texts can be continued, and conversations are refused."""
+
+    system: str = "{instruction}"
+    user: str = "{instruction}"
+    assistant: str = "{instruction}"
+    trailing_assistant: str = ""
+
+    def _render_each(self, messages: Sequence[Message]) -> Iterator[tuple[Message, str]]:
+        raise ConversationError(
+            "this model has no chat template, so that it can continue texts only (/v1/completions); to chat with it, "
+            "write its prompt_format in a file for llmforge serve --config"
+        )
 
 
 @dataclass(frozen=True)
@@ -44,11 +59,17 @@ class Overrides:
     def apply(self, encoder: Encoder, stop: StopRules) -> tuple[Encoder, StopRules]:
         """Put what is said over a model's own prompt format and stop rules.
 
+        A format that spells out the model's own is the model's own: RayLLM writes blank system messages otherwise than
+        training does, and what was trained counts.
+
         Raises:
             PromptFormatError: the format cannot be built over this tokenizer.
         """
         if self.format is not None:
-            encoder = Encoder(encoder.tokenizer, self.format(encoder.tokenizer))
+            format = self.format(encoder.tokenizer)
+            has_format = not isinstance(encoder.format, NoFormat)
+            if not has_format or chat_template_of(format) != chat_template_of(encoder.format):
+                encoder = Encoder(encoder.tokenizer, format)
         elif self.sequences is None and self.token_ids is None:
             return encoder, stop
         sequences = stop.sequences if self.sequences is None else self.sequences
