@@ -702,15 +702,21 @@ def test_rayllm_files(adapter, tmp_path):
     assert generation["stopping_sequences"] == ["<|im_end|>", "\n\nUser:"]
     assert "stopping_tokens" not in generation  # which RayLLM does not have
     assert generation["generate_kwargs"] == {"temperature": 0.7, "max_tokens": 50}
-    (application,) = yaml.safe_load((tmp_path / "out" / "ray_serve_llm.yaml").read_text())["applications"]
+    (application,) = yaml.safe_load((tmp_path / "out" / "serve_config.yaml").read_text())["applications"]
     (config,) = application["args"]["llm_configs"]
     assert config["model_loading_config"] == {"model_id": "colours", "model_source": rayllm.MODEL}
-    (application,) = yaml.safe_load((tmp_path / "out" / "ray_serve_llm_lora.yaml").read_text())["applications"]
+    (application,) = yaml.safe_load((tmp_path / "out" / "serve_config_lora.yaml").read_text())["applications"]
     (config,) = application["args"]["llm_configs"]
     assert config["lora_config"]["dynamic_lora_loading_path"].startswith("s3://")
     assert config["engine_kwargs"]["chat_template"] == (adapter / "chat_template.jinja").read_text()
-    for name in ("rayllm.yaml", "ray_serve_llm.yaml", "ray_serve_llm_lora.yaml"):
-        assert (tmp_path / "out" / name).read_text().startswith("# Placeholders: /path/on/every/node/model")
+    for name in ("rayllm.yaml", "serve_config.yaml", "serve_config_lora.yaml", "model_config.yaml"):
+        text = (tmp_path / "out" / name).read_text()
+        assert text.startswith("# `llmforge serve --config` takes this file as it is.")
+        assert "# ./model into where every node finds" in text
+    new = yaml.safe_load((tmp_path / "out" / "model_config_lora.yaml").read_text())
+    assert new["generation_config"]["prompt_format"]["strip_whitespace"] is False
+    assert new["generation_config"]["stopping_sequences"] == ["<|im_end|>", "\n\nUser:"]
+    assert new["lora_config"] == config["lora_config"]
     assert any("clients of Ray Serve LLM have to send stop" in note for note in exported.notes)
 
 
@@ -719,7 +725,7 @@ def test_rayllm_is_not_given_a_second_or_a_missing_bos(tmp_path, model_dir):
     exported = export(artifact, "rayllm", tmp_path / "out")
     assert "rayllm.yaml" not in exported.files
     assert any("rayllm.yaml is not written: RayLLM begins every text with" in note for note in exported.notes)
-    assert "ray_serve_llm.yaml" in exported.files
+    assert "serve_config.yaml" in exported.files
 
 
 @pytest.mark.parametrize(
@@ -783,7 +789,7 @@ def test_a_context_that_was_derived_limits_no_server(data_dir, model_dir, tmp_pa
     export(run.run_dir, "rayllm", tmp_path / "out")
     old = yaml.safe_load((tmp_path / "out" / "rayllm.yaml").read_text())
     assert old["engine_config"]["max_total_tokens"] == 2048
-    assert "max_model_len" not in (tmp_path / "out" / "ray_serve_llm.yaml").read_text()
+    assert "max_model_len" not in (tmp_path / "out" / "serve_config.yaml").read_text()
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
@@ -801,7 +807,7 @@ def test_a_run_lends_its_name_and_its_context(data_dir, model_dir, tmp_path):
     old = yaml.safe_load((tmp_path / "out" / "rayllm.yaml").read_text())
     assert old["engine_config"]["model_id"] == "run"
     assert old["engine_config"]["max_total_tokens"] == 64
-    assert "max_model_len: 64" in (tmp_path / "out" / "ray_serve_llm.yaml").read_text()
+    assert "max_model_len: 64" in (tmp_path / "out" / "serve_config.yaml").read_text()
     again = export(run.artifact_dir, "rayllm", tmp_path / "again")
     assert tree(tmp_path / "again") == tree(tmp_path / "out")
     assert again.directory == str(tmp_path / "again")

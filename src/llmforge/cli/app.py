@@ -458,9 +458,16 @@ def generate(
 @app.command()
 def serve(
     runs: Annotated[
-        list[str],
-        typer.Argument(metavar="RUN…", help="Directories of runs, artifacts or models; NAME=PATH gives another name."),
-    ],
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN…]", help="Directories of runs, artifacts or models, or hub ids; NAME=PATH gives another name."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Serve what a model config of RayLLM or Ray Serve LLM says, as it says."),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="What computes the answers: transformers or vllm.")] = "transformers",
     adapters: Annotated[
         list[str] | None,
         typer.Option("--adapter", metavar="NAME=PATH", help="Adapter on the same base model. Repeatable."),
@@ -485,7 +492,9 @@ def serve(
     from llmforge.jobs.serve import serve as start
 
     start(
-        runs,
+        runs or (),
+        config=config,
+        engine=engine,
         adapters=adapters or (),
         dynamic_adapters=dynamic_adapters,
         max_adapters=max_adapters,

@@ -1,10 +1,9 @@
 """The JSON Schema of the config, for editors that complete and check YAML."""
 
-import copy
 from typing import Any
 
 from llmforge.config.old_keys import OLD_KEYS
-from llmforge.config.words import whole_schema
+from llmforge.config.schema import FineTuningConfig
 
 _NULL = {"type": "null"}
 
@@ -15,7 +14,7 @@ def json_schema() -> dict[str, Any]:
     It accepts what `load_config` accepts: null for every key that is not required, and LLMForge's old keys,
     marked as deprecated.
     """
-    schema = copy.deepcopy(whole_schema())
+    schema = FineTuningConfig.model_json_schema()
     for section in (schema, *schema["$defs"].values()):
         required = section.get("required", [])
         for key, value in section.get("properties", {}).items():

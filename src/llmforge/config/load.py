@@ -273,13 +273,13 @@ class _Draft:
 
     def validate(self) -> FineTuningConfig:
         """Make the config; raises ConfigError with every problem of the draft."""
-        config, wrongs = validated(self.data)
+        config, wrongs = validated(self.data, FineTuningConfig)
         keys = {str(wrong.path[0]) for wrong in wrongs}
         if keys:
             # pydantic skips the checks across keys when a key is wrong. Run them on the keys that are right.
             stand_ins = {"model_id": "unknown", "train_path": "unknown"}
             rest = stand_ins | {key: value for key, value in self.data.items() if key not in keys}
-            across = validated(rest)[1]
+            across = validated(rest, FineTuningConfig)[1]
             wrongs += [wrong for wrong in across if not keys & {str(path[0]) for path in (wrong.path, *wrong.others)}]
         for wrong in wrongs:
             places = [f"{dotted(other)}: {self.place(other)}" for other in wrong.others if self.is_written(other)]

@@ -5,15 +5,17 @@ It must not know files or lines.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from llmforge.config import words
 from llmforge.config.old_keys import FOREIGN_NAMES
 from llmforge.config.schema import FineTuningConfig
-from llmforge.config.section import CombinationError
+from llmforge.config.section import CombinationError, Section
 from llmforge.config.yaml_source import KeyPath, dotted
+
+Model = TypeVar("Model", bound=Section)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +27,15 @@ class Wrong:
     others: tuple[KeyPath, ...] = ()
 
 
-def validated(data: Mapping[str, Any]) -> tuple[FineTuningConfig | None, list[Wrong]]:
+def validated(data: Mapping[str, Any], model: type[Model]) -> tuple[Model | None, list[Wrong]]:
     """Return the config, or everything that is wrong with it."""
     try:
-        return FineTuningConfig.model_validate(data), []
+        return model.model_validate(data), []
     except ValidationError as error:
-        return None, list(dict.fromkeys(_in_words(error, data)))
+        return None, list(dict.fromkeys(_in_words(error, data, model)))
 
 
-def _in_words(error: ValidationError, data: Mapping[str, Any]) -> Iterator[Wrong]:
+def _in_words(error: ValidationError, data: Mapping[str, Any], model: type[Section]) -> Iterator[Wrong]:
     """Translate pydantic's errors; its own messages never reach a person."""
     found = [(_path_in(data, detail["loc"], detail["type"]), detail) for detail in error.errors(include_url=False)]
     paths = {path for path, _ in found}
@@ -48,11 +50,11 @@ def _in_words(error: ValidationError, data: Mapping[str, Any]) -> Iterator[Wrong
             continue  # a value that may be of several kinds fails once for each: what is wrong inside it says more
         match detail["type"]:
             case "missing":
-                yield Wrong(path, f"missing; allowed {words.allowed(words.schemas_at(path))}; add it")
+                yield Wrong(path, f"missing; allowed {words.allowed(words.schemas_at(path, model))}; add it")
             case "extra_forbidden":
-                yield Wrong(path, _unknown_words(path))
+                yield Wrong(path, _unknown_words(path, model))
             case _:
-                value, schemas = _value_at(data, path), words.schemas_at(path)
+                value, schemas = _value_at(data, path), words.schemas_at(path, model)
                 change = words.what_to_change(value, schemas)
                 yield Wrong(path, f"given {words.shown(value)}; allowed {words.allowed(schemas)}; {change}")
 
@@ -77,15 +79,16 @@ def _value_at(data: Any, path: KeyPath) -> Any:
     return data
 
 
-def _unknown_words(path: KeyPath) -> str:
+def _unknown_words(path: KeyPath, model: type[Section]) -> str:
     *around, key = path
     section = tuple(around)
-    known = words.keys_at(section)
+    known = words.keys_at(section, model)
     name = str(key)
     where = f"in {dotted(section)}" if section else "at the top level"
-    meant = FOREIGN_NAMES.get(dotted(section), {}).get(name) or words.nearest(name, known)
-    homes = [home for home in words.sections_with(name) if home != dotted(section)]
-    if homes and name not in FOREIGN_NAMES.get(dotted(section), {}):
+    foreign = FOREIGN_NAMES.get(dotted(section), {}).get(name) if model is FineTuningConfig else None
+    meant = foreign or words.nearest(name, known)
+    homes = [home for home in words.sections_with(name, model) if home != dotted(section)]
+    if homes and foreign is None:
         place = " or ".join(f"in {home}" if home else "at the top level" for home in homes[:3])
         return f"unknown key {where}; it is a key {place}; move it there"
     if meant is not None:

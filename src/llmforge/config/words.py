@@ -1,6 +1,7 @@
 """Says in plain words what a value is, what a key allows, and which name was probably meant.
 
-Everything comes from the JSON schema of the config, so that a key is described in one place only.
+Everything comes from the JSON schema of the config, so that a key is described in one place only. `model` is the kind
+of file it is about; unless it is given, the config of a fine-tuning run.
 """
 
 import difflib
@@ -9,35 +10,45 @@ from functools import cache
 from typing import Any
 
 from llmforge.config.schema import FineTuningConfig
+from llmforge.config.section import Section
 from llmforge.config.yaml_source import KeyPath
 
 Schema = Mapping[str, Any]
+_MOST_LISTED = 20
 
 
 @cache
-def whole_schema() -> dict[str, Any]:
-    """Return pydantic's JSON schema of the config."""
-    return FineTuningConfig.model_json_schema()
+def _whole_schema(model: type[Section]) -> Schema:
+    """Return pydantic's JSON schema of a config, with every section in its place instead of a reference to it."""
+    schema = model.model_json_schema()
+    sections = schema.pop("$defs", {})
 
+    def in_place(value: Any) -> Any:
+        if isinstance(value, list):
+            return [in_place(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if isinstance(reference := value.get("$ref"), str):
+            return in_place(sections[reference.rsplit("/", 1)[1]])
+        return {key: in_place(inner) for key, inner in value.items()}
 
-def _follow(schema: Schema) -> Schema:
-    return whole_schema()["$defs"][schema["$ref"].rsplit("/", 1)[1]] if "$ref" in schema else schema
+    placed: Schema = in_place(schema)
+    return placed
 
 
 def alternatives(schema: Schema) -> list[Schema]:
-    """Return the schemas of which one must fit, references followed.
+    """Return the schemas of which one must fit.
 
     Two are left out: null, which every key may be, and LLMForge's storage objects, which nobody should learn now.
     """
-    schema = _follow(schema)
     if "anyOf" in schema:
         return [found for option in schema["anyOf"] for found in alternatives(option)]
     return [] if schema.get("type") == "null" or schema.get("title") == "RemoteStoragePath" else [schema]
 
 
-def schemas_at(path: KeyPath) -> list[Schema]:
+def schemas_at(path: KeyPath, model: type[Section] = FineTuningConfig) -> list[Schema]:
     """Return what the schema says about the value at `path`: one schema for each kind of value it may have."""
-    found = alternatives(whole_schema())
+    found = alternatives(_whole_schema(model))
     for part in path:
         inner: list[Schema] = []
         for schema in found:
@@ -53,9 +64,9 @@ def schemas_at(path: KeyPath) -> list[Schema]:
     return found
 
 
-def keys_at(path: KeyPath) -> list[str]:
+def keys_at(path: KeyPath, model: type[Section] = FineTuningConfig) -> list[str]:
     """Return the key names that the section at `path` has; empty where it is not a section."""
-    return [key for schema in schemas_at(path) for key in schema.get("properties", {})]
+    return [key for schema in schemas_at(path, model) for key in schema.get("properties", {})]
 
 
 def takes_any_key(path: KeyPath) -> bool:
@@ -144,7 +155,11 @@ def shown(value: Any) -> str:
 def listed(names: Iterable[str]) -> str:
     """Write names as a list that a person will read: all of them, or the first few."""
     names = list(names)
-    return ", ".join(names) if len(names) <= 12 else f"{', '.join(names[:8])}, … (`llmforge schema` has all of them)"
+    return (
+        ", ".join(names)
+        if len(names) <= _MOST_LISTED
+        else f"{', '.join(names[:8])}, … (`llmforge schema` has all of them)"
+    )
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
@@ -155,7 +170,7 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
 
 
 @cache
-def sections_with(key: str) -> list[str]:
+def sections_with(key: str, model: type[Section] = FineTuningConfig) -> list[str]:
     """Return the dotted names of the sections that have `key`."""
     found: list[str] = []
 
@@ -166,7 +181,7 @@ def sections_with(key: str) -> list[str]:
                     found.append(".".join(path))
                 walk((*path, name), [option for option in alternatives(inner) if option.get("properties")])
 
-    walk((), alternatives(whole_schema()))
+    walk((), alternatives(_whole_schema(model)))
     return found
 
 

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from llmforge.errors import InputError
+from llmforge.config.serve_config import ServedConfig, load_serve_config
+from llmforge.errors import ConfigError, InputError
 from llmforge.jobs.run import find_artifact, find_served, load_run, local_directory
 from llmforge.jobs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from llmforge.models.source import ModelSource
     from llmforge.serve.models import Loading
+    from llmforge.serve.overrides import Overrides
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -24,6 +26,8 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 def serve(
     paths: Sequence[str],
     *,
+    config: Path | None = None,
+    engine: str = "transformers",
     adapters: Sequence[str],
     dynamic_adapters: str | None,
     max_adapters: int,
@@ -39,6 +43,8 @@ def serve(
 
     Args:
         paths: runs, artifacts or plain models, each PATH or NAME=PATH.
+        config: a file that deploys models with Ray; see `llmforge.config.serve_config`.
+        engine: what computes the answers, transformers or vllm.
         adapters: further adapters as NAME=PATH, on a base that one of `paths` brings.
         dynamic_adapters: where adapters lie that are loaded when somebody asks for them, `max_adapters` at a time.
         dtype: instead of what the runs were trained in.
@@ -51,6 +57,10 @@ def serve(
         raise InputError(f"llmforge serve needs {', '.join(missing)}; install them with pip install 'llmforge[serve]'")
     if not all(api_keys):
         raise InputError("an API key is empty; give one with --api-key, or leave LLMFORGE_API_KEY unset")
+    configured = [] if config is None else load_serve_config(config)
+    if not paths and not configured:
+        raise InputError("give a run, an artifact or a model to serve, or a file that names one as --config")
+    dynamic_adapters, max_adapters = _dynamic_adapters(configured, dynamic_adapters, max_adapters)
     named = [_named(adapter) for adapter in adapters]
     if any(name is None for name, _ in named):
         raise InputError(f"given --adapter {' '.join(adapters)}; an adapter is given as NAME=PATH")
@@ -59,17 +69,21 @@ def serve(
     from llmforge.models.device import DTYPES
     from llmforge.serve.app import make_app
     from llmforge.serve.door import Settings
-    from llmforge.serve.models import Models
+    from llmforge.serve.models import ENGINES, Models
     from llmforge.serve.server import run_server, take_port, url_of
 
     chosen = None if dtype is None else next((each for each in DTYPES if each == dtype), None)
     if dtype is not None and chosen is None:
         raise InputError(f"given --dtype {dtype}; number formats are {', '.join(DTYPES)}")
     use_one_arena()
+    computing = next((each for each in ENGINES if each == engine), None)
+    if computing is None:
+        raise InputError(f"given --engine {engine}; engines are {', '.join(ENGINES)}")
     settings = Settings(api_keys=tuple(api_keys), request_timeout=request_timeout)
     models = Models(
         dynamic_lora_loading_path=dynamic_adapters,
         max_adapters=max_adapters,
+        engine=computing,
         note=lambda text: say(f"note: {text}"),
         max_batch=max_batch,
         max_waiting=max_waiting,
@@ -80,6 +94,10 @@ def serve(
             name, source, loading = _find(path)
             say(f"loading {source.name}")
             models.add(name, source, loading if chosen is None else replace(loading, dtype=chosen))
+        for each in configured:
+            source, loading, overrides = find_configured(each, computing)
+            say(f"loading {source.name}")
+            models.add(each.name, source, loading if chosen is None else replace(loading, dtype=chosen), overrides)
         for adapter, path in named:
             assert adapter is not None
             models.add_adapter(adapter, _adapter_directory(path))
@@ -112,7 +130,9 @@ def _find(given: str) -> "tuple[str, ModelSource, Loading]":
     name, path = _named(given)
     local = local_directory(path)
     if _is_plain(local):
-        return name or local.resolve().name.removesuffix(".gguf"), *_plain(path)
+        from llmforge.serve.models import Loading
+
+        return name or local.resolve().name.removesuffix(".gguf"), _plain(path), Loading()
     source, loading = find_served(path)
     if name is None:
         is_run = source.directory != local
@@ -126,17 +146,73 @@ def _is_plain(local: Path) -> bool:
     return not local.is_dir() or any((local / file).is_file() for file in ("config.json", "adapter_config.json"))
 
 
-def _plain(path: str) -> "tuple[ModelSource, Loading]":
+def _plain(path: str, **options: Any) -> "ModelSource":
     from llmforge.config import derive
     from llmforge.models.load import as_plain_directory
     from llmforge.models.source import ModelSource, find_model
-    from llmforge.serve.models import Loading
 
     local = Path(path)
     if (local / "adapter_config.json").is_file():
-        return ModelSource(path, local), Loading()
-    source = find_model(path, key="the model", relative_to=Path.cwd())
-    return as_plain_directory(source, Path(derive.cache_dir().value)), Loading()
+        return ModelSource(path, local)
+    source = find_model(path, key="the model", relative_to=Path.cwd(), **options)
+    return as_plain_directory(source, Path(derive.cache_dir().value))
+
+
+def find_configured(config: ServedConfig, engine: str) -> "tuple[ModelSource, Loading, Overrides]":
+    """Find what a config file names, and say what of it stands for others than this engine."""
+    from llmforge.models.source import find_model
+    from llmforge.serve.models import Loading
+    from llmforge.serve.overrides import Overrides
+
+    path = _beside(config.file, config.model)
+    loading = Loading()
+    if _is_plain(local_directory(path)):
+        source = _plain(path, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    else:
+        source, loading = find_served(path)
+    options: dict[str, Any] = {"max_batch": config.max_batch, "context_length": config.context_length}
+    unused = list(config.ray_only)
+    if engine == "vllm":
+        options["engine_kwargs"] = config.engine_kwargs
+    else:
+        unused += [f"engine_kwargs.{key}" for key in config.engine_kwargs]
+    if unused:
+        say(f"note: {config.file}: {config.name}: not used here, but by Ray or vLLM: {', '.join(unused)}")
+    tokenizer = None
+    if config.tokenizer is not None:
+        tokenizer = find_model(
+            _beside(config.file, config.tokenizer), key="tokenizer", relative_to=config.file.parent, weights=False
+        )
+    loading = replace(
+        loading,
+        dtype=config.dtype or loading.dtype,
+        trust_remote_code=config.trust_remote_code or loading.trust_remote_code,
+        options={name: value for name, value in options.items() if value is not None},
+    )
+    return source, loading, Overrides.of(config, tokenizer)
+
+
+def _beside(file: Path, path: str) -> str:
+    """Give a path that a file names: it starts at the file, or in the working directory."""
+    place = file.parent / Path(path).expanduser()
+    return str(place) if place.exists() else path
+
+
+def _dynamic_adapters(configured: Sequence[ServedConfig], given: str | None, most: int) -> tuple[str | None, int]:
+    """Give where adapters are loaded from on demand, and how many are kept. Raises ConfigError for two places."""
+    path, bound = given, most
+    for config in configured:
+        if config.lora is None or config.lora.dynamic_lora_loading_path is None or given is not None:
+            continue
+        place = _beside(config.file, config.lora.dynamic_lora_loading_path)
+        if path not in (None, place):
+            raise ConfigError(
+                f"dynamic_lora_loading_path: given {path} and {place}; all models load adapters from one place; choose "
+                "one with --dynamic-adapters",
+                file=str(config.file),
+            )
+        path, bound = place, config.lora.max_num_adapters_per_replica
+    return path, bound
 
 
 def _directory_name(artifact: Path) -> str:

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import WeakSet, WeakValueDictionary
 
 from llmforge.bucket import BucketDirectory, bucket_url, copy_to_cache, origin_of_copy
@@ -23,7 +23,14 @@ from llmforge.models.trained import find_base_model, is_adapter, load_trained_mo
 from llmforge.prompt import Encoder, StopRules, build_format, load_format
 from llmforge.serve.engines.transformers import TransformersEngine
 from llmforge.serve.model import ServedModel
+from llmforge.serve.overrides import UNCHANGED, NoFormat, Overrides
 from llmforge.serve.requests import Engine, OverloadedError
+
+if TYPE_CHECKING:
+    from llmforge.serve.engines.vllm import VllmEngine
+
+EngineName = Literal["transformers", "vllm"]
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
 MAX_ADAPTERS = 16
 _FORMAT = "prompt_format.yaml"
@@ -36,11 +43,18 @@ class UnknownModelError(InputError):
 
 @dataclass(frozen=True)
 class Loading:
-    """How a model is to be loaded: its number format (None takes the hardware's best) and what its config allowed."""
+    """How a model is to be loaded.
+
+    Args:
+        dtype: number format; None takes the hardware's best.
+        trust_remote_code, allow_pickle_weights: what its config allowed.
+        options: of the engine, over those that all models have.
+    """
 
     dtype: Dtype | None = None
     trust_remote_code: bool = False
     allow_pickle_weights: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -67,6 +81,7 @@ class Models:
     Args:
         dynamic_lora_loading_path: a directory, local or in a bucket, whose sub-directories are adapters that are loaded
             when somebody asks for them.
+        engine: what computes the answers.
         max_adapters: how many of those are kept; the one that was not asked for longest makes room.
         note: is told what the user should know.
         options: of the engine.
@@ -77,10 +92,11 @@ class Models:
         *,
         dynamic_lora_loading_path: str | None = None,
         max_adapters: int = MAX_ADAPTERS,
+        engine: EngineName = "transformers",
         note: Callable[[str], None] = lambda text: None,
         **options: Any,
     ) -> None:
-        self._path, self._max_adapters = dynamic_lora_loading_path, max_adapters
+        self._path, self._max_adapters, self._engine = dynamic_lora_loading_path, max_adapters, engine
         self._note, self._options = note, options
         self._models: dict[str, ServedModel] = {}
         self._dynamic: OrderedDict[str, _Dynamic] = OrderedDict()  # the one asked for last at the end
@@ -91,20 +107,35 @@ class Models:
         self._names = threading.RLock()  # held for moments
         self._loading = threading.RLock()  # held while something is loaded
 
-    def add(self, name: str, source: ModelSource, loading: Loading = Loading()) -> ServedModel:
+    def add(
+        self, name: str, source: ModelSource, loading: Loading = Loading(), overrides: Overrides = UNCHANGED
+    ) -> ServedModel:
         """Serve an artifact, or a plain model with its tokenizer's own chat template.
+
+        One without a chat template, as base models are, continues texts and is a base for adapters.
+
+        Args:
+            overrides: what is said of its prompts and answers elsewhere.
 
         Raises:
             ModelError: it, or its base model, is missing or damaged.
-            PromptFormatError: it has neither a prompt format nor a chat template.
+            PromptFormatError: a format or chat template cannot be used.
             InputError: the name is taken.
         """
         with self._loading:
             self._check_free(name)
             base, adapter = self._load(source, loading)
-            text_source = source if _has_text_side(source.directory) else base.source
-            encoder, stop = self._text_side(text_source, loading)
-            return self._serve(name, source.directory, encoder, stop, base, adapter)
+            text_source = overrides.tokenizer or (source if _has_text_side(source.directory) else base.source)
+            own = self._text_side(text_source, loading)
+            encoder, stop = overrides.apply(*own)
+            file = text_source.directory / _FORMAT
+            if file.is_file() and encoder is not own[0]:
+                self._note(
+                    f"{name} is not served in the prompt format that it was trained in ({file}), but in another one, "
+                    "which its config gives"
+                )
+            defaults = {**_generation_config((overrides.tokenizer or source).directory), **overrides.defaults}
+            return self._serve(name, source.directory, encoder, stop, base, adapter, defaults)
 
     def add_adapter(self, name: str, directory: Path) -> ServedModel:
         """Serve an adapter on a base model that is served already.
@@ -295,12 +326,12 @@ class Models:
             theirs = base.loading.dtype or best_dtype(find_device())[0]
             if base.is_shared and dtype == theirs and _is_same(base.source, source):
                 return base
-        engine = TransformersEngine.load(
+        engine = _engine_class(self._engine).load(
             source,
             self._tokenizer(source, loading.trust_remote_code),
             dtype=loading.dtype,
             trust_remote_code=loading.trust_remote_code,
-            **self._options,
+            **{**self._options, **loading.options},
         )
         if engine.note:
             self._note(f"{source.name}: {engine.note}")
@@ -309,7 +340,17 @@ class Models:
         return base
 
     def _own_engine(self, source: ModelSource, loading: Loading) -> Engine:
-        """Start an engine over base and adapter together, for one whose adapter changes more than others can bear."""
+        """Start an engine over base and adapter together, for one whose adapter changes more than others can bear.
+
+        Raises:
+            ModelError: the engine cannot do that.
+        """
+        if self._engine != "transformers":
+            raise ModelError(
+                f"the engine {self._engine} cannot serve the adapter in {source.directory}, which changes more of its "
+                "base than LoRA does; llmforge export --format merged makes a whole model of it, and --engine "
+                "transformers serves it as it is"
+            )
         device = find_device()
         dtype = loading.dtype or best_dtype(device)[0]
         model = load_trained_model(
@@ -319,7 +360,9 @@ class Models:
             allow_pickle_weights=loading.allow_pickle_weights,
         )
         tokenizer = self._tokenizer(source, loading.trust_remote_code)
-        engine = TransformersEngine(model, tokenizer, device=device, dtype=dtype, **self._options)
+        engine = TransformersEngine(
+            model, tokenizer, device=device, dtype=dtype, **{**self._options, **loading.options}
+        )
         if engine.note:
             self._note(f"{source.name}: {engine.note}")
         return engine
@@ -361,7 +404,8 @@ class Models:
         tokenizer = self._tokenizer(source, loading.trust_remote_code)
         if (source.directory / _FORMAT).is_file():
             return load_format(source.directory, tokenizer)
-        encoder = Encoder(tokenizer, build_format(None, tokenizer))
+        format = build_format(None, tokenizer) if tokenizer.chat_template else NoFormat()
+        encoder = Encoder(tokenizer, format)
         ends = _generation_config(source.directory).get("eos_token_id") or []
         return encoder, StopRules.derive(encoder, [], ends if isinstance(ends, list) else [ends])
 
@@ -403,6 +447,14 @@ class Models:
         if url is None:
             return _artifact_in(Path(self._path).expanduser() / adapter)
         return _artifact_in(_download(BucketDirectory(f"{url}/{adapter}")))
+
+
+def _engine_class(name: EngineName) -> "type[TransformersEngine] | type[VllmEngine]":
+    if name == "transformers":
+        return TransformersEngine
+    from llmforge.serve.engines.vllm import VllmEngine
+
+    return VllmEngine
 
 
 def _artifact_in(directory: Path | None) -> Path | None:

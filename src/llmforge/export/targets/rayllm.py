@@ -1,4 +1,7 @@
-"""YAML for RayLLM, which LLMForge's models were served with, and for its successor, Ray Serve LLM."""
+"""YAML for RayLLM, which LLMForge's models were served with, and for its successor, Ray Serve LLM.
+
+`llmforge serve --config` takes each of these files as well.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -13,32 +16,44 @@ from llmforge.prompt import PromptFormat, chat_template_of
 from llmforge.prompt.encoder import own_bos
 from llmforge.prompt.format import PLACEHOLDER
 
-RAYLLM, RAY_SERVE, RAY_SERVE_LORA = "rayllm.yaml", "ray_serve_llm.yaml", "ray_serve_llm_lora.yaml"
+RAYLLM = "rayllm.yaml"
+SERVE, SERVE_LORA = "serve_config.yaml", "serve_config_lora.yaml"
+MODEL_CONFIG, MODEL_CONFIG_LORA = "model_config.yaml", "model_config_lora.yaml"
 ACCELERATOR = "A10G"
 CONTEXT, MOST_STOPS = 2048, 8  # RayLLM's own default, and its limit
-MODEL = "/path/on/every/node/model"
+MODEL = "./model"
 PLACEHOLDERS = [
-    f"Placeholders: {MODEL} is where every node finds the directory model/ beside this file,",
-    f"{ACCELERATOR} stands for the accelerator of the cluster. Change both.",
+    "`llmforge serve --config` takes this file as it is. For a cluster, change the placeholders:",
+    f"{MODEL} into where every node finds the directory model/ beside this file, {ACCELERATOR} into its accelerator.",
 ]
 
 
 def write(trained: Trained, directory: Path) -> list[str]:
     """Write the merged model, a config for each of the two, and one that serves the adapter where that is possible."""
     trained.write_merged(directory / "model")
-    notes = [f"change the placeholders, then `serve run {RAY_SERVE}`; chat template and end tokens are in model/"]
+    notes = [
+        f"here: `llmforge serve --config {SERVE}`; on a Ray cluster, change the placeholders, then `serve run {SERVE}`"
+    ]
     try:
         _dump(directory / RAYLLM, rayllm_config(trained), PLACEHOLDERS)
         notes.append(f"{RAYLLM} is for RayLLM (ray-project/ray-llm), which ended in 2024")
     except PromptFormatError as error:
         notes.append(f"{RAYLLM} is not written: {error}")
-    _dump(directory / RAY_SERVE, ray_serve_config(trained), PLACEHOLDERS)
+    _dump(directory / SERVE, _application(ray_serve_config(trained)), PLACEHOLDERS)
+    generation = {"generation_config": generation_section(trained)}
+    _dump(directory / MODEL_CONFIG, ray_serve_config(trained) | generation, PLACEHOLDERS)
+    notes.append(
+        f"{MODEL_CONFIG} spells out prompt format and stop rules (generation_config), which Ray's servers read up to "
+        f"Ray 2.43; later ones refuse the key, and take {SERVE}: chat template and end tokens are those in model/"
+    )
     if trained.is_adapter and not why_merged(trained):
         upload = (
             f"Put what `llmforge export --format adapter` writes under dynamic_lora_loading_path as {trained.name}/; "
             f"clients ask for the model {trained.name}-base:{trained.name}."
         )
-        _dump(directory / RAY_SERVE_LORA, ray_serve_lora_config(trained), [*PLACEHOLDERS, upload])
+        lora = ray_serve_lora_config(trained)
+        _dump(directory / SERVE_LORA, _application(lora), [*PLACEHOLDERS, upload])
+        _dump(directory / MODEL_CONFIG_LORA, lora | generation, [*PLACEHOLDERS, upload])
     if trained.stop_strings():
         notes.append(f"clients of Ray Serve LLM have to send stop: {trained.stop_strings()!r}")
     return notes
@@ -119,16 +134,43 @@ def rayllm_prompt_format(format: PromptFormat, tokenizer_bos: str) -> dict[str, 
             f"RayLLM begins every text with what the tokenizer puts there, {tokenizer_bos!r}, and the model was "
             f"trained with {format.bos!r}"
         )
+    _check_stripping(format)
+    return _filled_by_python(format, exclude={"bos"})
+
+
+def _filled_by_python(format: PromptFormat, exclude: set[str]) -> dict[str, Any]:
+    keys = format.model_dump(exclude=exclude)
+    for role in ("system", "user", "assistant"):
+        placeholders = {"{instruction}"} | ({"{system}"} if role == "user" and format.system_in_user else set())
+        keys[role] = _with_doubled_braces(keys[role], placeholders)
+    return keys
+
+
+def _check_stripping(format: PromptFormat) -> None:
     if format.strip_whitespace and format.system_in_user:
         raise PromptFormatError(
             "with system_in_user, RayLLM does not strip the system message, and the model was trained with "
             "strip_whitespace"
         )
-    keys = format.model_dump(exclude={"bos"})
-    for role in ("system", "user", "assistant"):
-        placeholders = {"{instruction}"} | ({"{system}"} if role == "user" and format.system_in_user else set())
-        keys[role] = _with_doubled_braces(keys[role], placeholders)
-    return keys
+
+
+def generation_section(trained: Trained) -> dict[str, Any]:
+    """Build LLMForge's `generation_config`, as RayLLM's last version took it: with `bos` and `stopping_tokens`.
+
+    A format that cannot be written so is that of the tokenizer's chat template, which renders the same.
+    """
+    try:
+        format = trained.plain_format()
+        _check_stripping(format)
+        prompt_format = _filled_by_python(format, exclude=set())
+    except PromptFormatError:
+        prompt_format = {"use_hf_chat_templates": True}
+    return {
+        "prompt_format": prompt_format,
+        "stopping_sequences": list(trained.stop.sequences),
+        "stopping_tokens": list(trained.stop.token_ids),
+        "generate_kwargs": _sampling(trained),
+    }
 
 
 def _with_doubled_braces(template: str, placeholders: set[str]) -> str:
@@ -141,41 +183,37 @@ def _with_doubled_braces(template: str, placeholders: set[str]) -> str:
 
 
 def ray_serve_config(trained: Trained) -> dict[str, Any]:
-    """Build the Serve application for the merged model, whose tokenizer brings the chat template."""
-    return _application(
-        {
-            "model_loading_config": {"model_id": trained.name, "model_source": MODEL},
-            "accelerator_type": ACCELERATOR,
-            "engine_kwargs": _engine_kwargs(trained),
-        }
-    )
+    """Build Ray Serve LLM's model config for the merged model, whose tokenizer brings the chat template."""
+    return {
+        "model_loading_config": {"model_id": trained.name, "model_source": MODEL},
+        "accelerator_type": ACCELERATOR,
+        "engine_kwargs": _engine_kwargs(trained),
+    }
 
 
 def ray_serve_lora_config(trained: Trained) -> dict[str, Any]:
-    """Build the Serve application for the base model with adapters that are loaded from a bucket on demand."""
+    """Build Ray Serve LLM's model config for the base model with adapters that are loaded from a bucket on demand."""
     settings = trained.adapter_settings()
-    return _application(
-        {
-            "model_loading_config": {
-                "model_id": f"{trained.name}-base",
-                "model_source": settings["base_model_name_or_path"],
-            },
-            "lora_config": {
-                "dynamic_lora_loading_path": "s3://YOUR_BUCKET/adapters",
-                "max_num_adapters_per_replica": 16,
-            },
-            "accelerator_type": ACCELERATOR,
-            "engine_kwargs": {
-                **_engine_kwargs(trained),
-                "enable_lora": True,
-                "max_lora_rank": next(rank for rank in RANKS if rank >= settings["r"]),
-                # The base model brings neither the template nor the end tokens that were trained.
-                "tokenizer": MODEL,
-                "generation_config": MODEL,
-                "chat_template": chat_template_of(trained.encoder.format),
-            },
-        }
-    )
+    return {
+        "model_loading_config": {
+            "model_id": f"{trained.name}-base",
+            "model_source": settings["base_model_name_or_path"],
+        },
+        "lora_config": {
+            "dynamic_lora_loading_path": "s3://YOUR_BUCKET/adapters",
+            "max_num_adapters_per_replica": 16,
+        },
+        "accelerator_type": ACCELERATOR,
+        "engine_kwargs": {
+            **_engine_kwargs(trained),
+            "enable_lora": True,
+            "max_lora_rank": next(rank for rank in RANKS if rank >= settings["r"]),
+            # The base model brings neither the template nor the end tokens that were trained.
+            "tokenizer": MODEL,
+            "generation_config": MODEL,
+            "chat_template": chat_template_of(trained.encoder.format),
+        },
+    }
 
 
 def _application(llm_config: dict[str, Any]) -> dict[str, Any]:

@@ -76,6 +76,7 @@ class TransformersEngine:
         tokenizer: for grammars only.
         max_batch: answers at a time.
         max_waiting: requests that wait; more are refused.
+        context_length: the most tokens of prompt and answer together, where it is to be less than the model's own.
         cache_bytes: memory for keys and values; None takes a part of what is free.
         prepares_grammars: read the tokenizer for grammars now. That takes seconds for a large vocabulary, in which
             nothing else goes on; otherwise the first request with a grammar has it done.
@@ -90,10 +91,12 @@ class TransformersEngine:
         dtype: Dtype,
         max_batch: int = MAX_BATCH,
         max_waiting: int = MAX_WAITING,
+        context_length: int | None = None,
         cache_bytes: int | None = None,
         prepares_grammars: bool = False,
     ) -> None:
-        self.context_length = native_context_length(model.config) or _UNLIMITED
+        native = native_context_length(model.config) or _UNLIMITED
+        self.context_length = min(native, context_length or native)
         self.device, self.dtype, self.model = device, dtype, model.to(device)
         self._tokenizer = tokenizer
         self._grammars: Grammars | None = None
