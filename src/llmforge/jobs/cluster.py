@@ -224,13 +224,18 @@ def _attempt(
 
     events = EventTail(directory.events)
     thread = threading.Thread(target=fit, daemon=True)
+    training = False
     with remember_interrupts(audience.note) as interrupted:
         thread.start()
         while thread.is_alive():
             thread.join(_SECONDS_BETWEEN_LOOKS)
-            _tell(events, audience)
+            training |= "started" in _tell(events, audience)
             if interrupted():
                 (directory.path / STOP).touch()
+                if not training:  # they may be waiting for room, and there is nothing to be lost
+                    raise Interrupted(
+                        f"interrupted before the workers began; llmforge finetune --resume {directory.path}"
+                    )
     _tell(events, audience)
     shutil.rmtree(storage, ignore_errors=True)
     (error,) = ended
@@ -243,14 +248,18 @@ def _attempt(
     return _Ending(error, told or _reason(error), bool(told))
 
 
-def _tell(events: EventTail, audience: Reporter) -> None:
+def _tell(events: EventTail, audience: Reporter) -> list[str]:
+    """Pass on what the workers have written; give the names of these events."""
+    told = []
     for event in events.new():
         name = event.pop("event")
+        told.append(name)
         event.pop("time", None)
         if name == "note":
             audience.note(event["text"])
         else:
             audience.event(name, **event)
+    return told
 
 
 def _meant(directory: RunDirectory) -> LlmforgeError | None:
