@@ -720,6 +720,24 @@ def test_rayllm_files(adapter, tmp_path):
     assert any("clients of Ray Serve LLM have to send stop" in note for note in exported.notes)
 
 
+def test_rays_own_schema_takes_the_serve_configs(adapter, tmp_path):
+    try:
+        from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
+        from ray.serve.schema import ServeDeploySchema
+    except ImportError as error:
+        pytest.skip(f"needs ray[serve,llm], of which there is too little here: {error}")
+    export(adapter, "rayllm", tmp_path / "out")
+    for name in ("serve_config.yaml", "serve_config_lora.yaml"):
+        content = yaml.safe_load((tmp_path / "out" / name).read_text())
+        (application,) = ServeDeploySchema.model_validate(content).applications
+        (config,) = (LLMConfig.model_validate(each) for each in application.args["llm_configs"])
+        assert config.model_id.startswith("colours")
+    for name in ("model_config.yaml", "model_config_lora.yaml"):
+        content = yaml.safe_load((tmp_path / "out" / name).read_text())
+        del content["generation_config"]  # the one key that the schema had once, and has no more
+        assert LLMConfig.model_validate(content).model_id.startswith("colours")
+
+
 def test_rayllm_is_not_given_a_second_or_a_missing_bos(tmp_path, model_dir):
     artifact = write_artifact(tmp_path / "a", model_dir, format="llama3")  # this tokenizer adds no BOS by itself
     exported = export(artifact, "rayllm", tmp_path / "out")

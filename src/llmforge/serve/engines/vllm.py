@@ -24,7 +24,7 @@ MAX_LORA_RANK = 64
 ADAPTERS_AT_ONCE = 4  # in one batch
 _DTYPES: dict[Dtype, str] = {"fp32": "float32", "bf16": "bfloat16"}
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "cancelled"}
-_RETRY_AFTER = 1.0  # seconds
+_RETRY_AFTER, _SHUTDOWN = 1.0, 10.0  # seconds
 
 
 @dataclass(eq=False)
@@ -215,7 +215,7 @@ class VllmEngine:
                 return
             self._is_closing = True
         self._wait(self._end_answers())
-        self._llm.shutdown()
+        self._llm.shutdown(timeout=_SHUTDOWN)
         self._end_thread()
 
     def _params(self, request: Request) -> Any:
