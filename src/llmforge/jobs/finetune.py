@@ -86,9 +86,9 @@ def finetune(
     with directory.lock():
         RunDirectory.check(parent, output.tag)  # again: another process may have had it in between
         directory.require_free_space(needed, key="output_dir" if mirror is None else "cache_dir")
+        write_manifest(directory.manifest, _manifest(loaded, preparation))  # the first: it says that this is a run
         write_atomically(directory.config, loaded.text)
         preparation.train.dataset.ledger.write(directory.rows)
-        write_manifest(directory.manifest, _manifest(loaded, preparation))
         # The last: with it a run can be resumed.
         write_atomically(directory.resolved_config, redact(preparation.config.to_yaml()))
         return _train(directory, preparation, audience, mirror=mirror, allow_unproven=allow_unproven, wait=wait)
@@ -132,8 +132,8 @@ def _resume(
 ) -> Run:
     if not directory.resolved_config.is_file():
         raise ConfigError(
-            f"{directory.path} was stopped while it was being prepared and holds nothing to continue; delete it and "
-            "start the run again from its YAML file"
+            f"{directory.path} was stopped while it was being prepared and holds nothing to continue; start the run "
+            "again, with `llmforge finetune` and its YAML file"
         )
     if has_finished(directory):
         if mirror is not None:
