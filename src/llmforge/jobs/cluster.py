@@ -81,6 +81,7 @@ def train_on_ray(
     workers: int,
     allow_unproven: bool,
     wait: bool = False,
+    stop_after: int | None = None,
 ) -> None:
     """Train a prepared run on workers until its artifact is there.
 
@@ -88,6 +89,7 @@ def train_on_ray(
         directory: of the run, on storage that every worker sees under the same path.
         workers: how many; the config's number, or another one for a run that is resumed.
         wait: on a cluster that grows by itself, for resources that it does not have yet.
+        stop_after: the step after which the workers stop as for ctrl-C.
 
     Raises:
         ConfigError: Ray is not installed, or the cluster can never hold the workers.
@@ -100,7 +102,7 @@ def train_on_ray(
             audience.note(f"asking the cluster for {workers} workers of {_in_words(placement.each)} each")
         else:
             placement.check([node["Resources"] for node in ray.nodes() if node["Alive"]])
-        orders = Orders(str(directory.path), allow_unproven)
+        orders = Orders(str(directory.path), allow_unproven, stop_after)
         with _held(ray, placement.extra):
             for attempt in range(devices.max_failures + 1):
                 error = _attempt(ray, placement, orders, directory, audience)

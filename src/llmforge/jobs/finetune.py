@@ -14,7 +14,7 @@ from llmforge.bucket import bucket_url
 from llmforge.config import LoadedConfig, load_config, refuse_unavailable
 from llmforge.errors import ConfigError
 from llmforge.jobs.events import EventLog, Reporters, read_events, redact
-from llmforge.jobs.interruptions import remember_interrupts
+from llmforge.jobs.interruptions import Progress, remember_interrupts
 from llmforge.jobs.loggers import check_logger, make_logger
 from llmforge.jobs.manifest import build_manifest, read_manifest, write_manifest
 from llmforge.jobs.mirror import Mirror
@@ -52,14 +52,16 @@ def finetune(
     dry_run: bool = False,
     allow_unproven: bool = False,
     wait: bool = False,
+    stop_after: int | None = None,
     importing: Importing = nullcontext,
     executor: "Executor | None" = None,
 ) -> Run | None:
     """Run the fine-tuning job that a config describes; with `dry_run` stop before the first step and leave nothing.
 
     With `allow_unproven` the artifact is published even where it is not proven to serve what was trained. With `wait`
-    a cluster that grows by itself is waited for. `importing` is how a program of its own imports torch sooner than a
-    library may; `executor` encodes the rows, by default on this machine.
+    a cluster that grows by itself is waited for. After the step `stop_after` the run stops as for ctrl-C. `importing`
+    is how a program of its own imports torch sooner than a library may; `executor` encodes the rows, by default on this
+    machine.
 
     Raises:
         InputError: something given is wrong; nothing was trained.
@@ -91,7 +93,15 @@ def finetune(
         preparation.train.dataset.ledger.write(directory.rows)
         # The last: with it a run can be resumed.
         write_atomically(directory.resolved_config, redact(preparation.config.to_yaml()))
-        return _train(directory, preparation, audience, mirror=mirror, allow_unproven=allow_unproven, wait=wait)
+        return _train(
+            directory,
+            preparation,
+            audience,
+            mirror=mirror,
+            allow_unproven=allow_unproven,
+            wait=wait,
+            stop_after=stop_after,
+        )
 
 
 def resume(
@@ -101,6 +111,7 @@ def resume(
     allow_unproven: bool = False,
     workers: int | None = None,
     wait: bool = False,
+    stop_after: int | None = None,
     importing: Importing = nullcontext,
     executor: "Executor | None" = None,
 ) -> Run:
@@ -117,7 +128,7 @@ def resume(
     mirror = Mirror.to_resume(run_dir, audience.note)
     directory = RunDirectory.open(Path(run_dir) if mirror is None else mirror.directory)
     with directory.lock():
-        return _resume(directory, mirror, audience, allow_unproven, workers, wait, importing, executor)
+        return _resume(directory, mirror, audience, allow_unproven, workers, wait, stop_after, importing, executor)
 
 
 def _resume(
@@ -127,6 +138,7 @@ def _resume(
     allow_unproven: bool,
     workers: int | None,
     wait: bool,
+    stop_after: int | None,
     importing: Importing,
     executor: "Executor | None",
 ) -> Run:
@@ -153,6 +165,7 @@ def _resume(
         allow_unproven=allow_unproven,
         workers=workers,
         wait=wait,
+        stop_after=stop_after,
     )
     assert run is not None
     return run
@@ -186,6 +199,7 @@ def _train(
     allow_unproven: bool = False,
     workers: int | None = None,
     wait: bool = False,
+    stop_after: int | None = None,
 ) -> Run | None:
     if dry_run:
         from llmforge.train.run import run
@@ -218,6 +232,7 @@ def _train(
             workers=workers or devices.num_devices,
             allow_unproven=allow_unproven,
             wait=wait,
+            stop_after=stop_after,
         )
         metrics = load_run(directory.path).metrics
     else:
@@ -229,6 +244,7 @@ def _train(
             place=str(directory.path) if mirror is None else mirror.url,
             resuming=resuming,
             allow_unproven=allow_unproven,
+            stop_after=stop_after,
         )
     if mirror is not None:
         mirror.finish()
@@ -236,7 +252,12 @@ def _train(
 
 
 def train_as_worker(
-    run_dir: Path, *, rank: int, allow_unproven: bool, interruptions: Callable[[Path], Interrupting]
+    run_dir: Path,
+    *,
+    rank: int,
+    allow_unproven: bool,
+    stop_after: int | None,
+    interruptions: Callable[[Path], Interrupting],
 ) -> None:
     """Train a run that another process has prepared, as one of several workers.
 
@@ -257,6 +278,7 @@ def train_as_worker(
             place=str(run_dir),
             resuming=True,
             allow_unproven=allow_unproven,
+            stop_after=stop_after,
         )
         return
     run(
@@ -280,6 +302,7 @@ def _train_here(
     place: str,
     resuming: bool,
     allow_unproven: bool,
+    stop_after: int | None,
 ) -> dict[str, float]:
     """Train in this process, and record how it goes; return the best checkpoint's metrics.
 
@@ -303,14 +326,15 @@ def _train_here(
                 )
             )
         heard = Reporters([events, *audiences], loggers)
-        reporter = Reporters([heard, Stragglers(heard.note)])
+        progress = Progress(stop_after)
+        reporter = Reporters([heard, Stragglers(heard.note), progress])
         try:
             result = run(
                 preparation,
                 checkpoints=directory.checkpoints,
                 artifact=directory.artifact,
                 reporter=reporter,
-                interruptions=partial(interruptions, reporter.note),
+                interruptions=partial(progress.or_when, partial(interruptions, reporter.note)),
                 add_documents=partial(_add_documents, directory, preparation),
                 resuming=resuming,
                 allow_unproven=allow_unproven,

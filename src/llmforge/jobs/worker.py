@@ -21,10 +21,11 @@ STOP = ".stop"  # while this file is there, the workers stop after their step
 
 @dataclass(frozen=True)
 class Orders:
-    """What a worker is told: where the run lies, and whether an unproven artifact may be published."""
+    """What a worker is told: where the run lies, whether an unproven artifact may be published, when to stop."""
 
     run_dir: str
     allow_unproven: bool
+    stop_after: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Give what Ray passes on."""
@@ -54,7 +55,13 @@ def work_as(orders: Orders, *, rank: int, local_rank: int) -> None:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     directory = Path(orders.run_dir)
     try:
-        train_as_worker(directory, rank=rank, allow_unproven=orders.allow_unproven, interruptions=asked_to_stop)
+        train_as_worker(
+            directory,
+            rank=rank,
+            allow_unproven=orders.allow_unproven,
+            stop_after=orders.stop_after,
+            interruptions=asked_to_stop,
+        )
     except LlmforgeError as error:
         failure = {"kind": type(error).__name__, "message": str(error), "worker": rank}
         write_atomically(directory / FAILURE, json.dumps(failure))
