@@ -202,6 +202,27 @@ def test_a_kill_while_a_checkpoint_is_written_or_deleted_leaves_the_one_before(d
     assert list(checkpoints.glob(".*")) == []
 
 
+def test_a_kill_before_superseded_checkpoints_are_deleted_leaves_none_behind(data_dir: Path, model_dir: Path) -> None:
+    """Kill a run behind its last checkpoint: no other one is written after it, which would tidy up."""
+    one = write_config(data_dir, model_dir, lora_config=DROPOUT_LORA, **EVERY_STEP)
+    train(one, data_dir / "whole", [])
+    all_of_them = write_config(
+        data_dir, model_dir, lora_config=DROPOUT_LORA, **EVERY_STEP, num_checkpoints_to_keep=9, custom_model_tag="all"
+    )
+    train(all_of_them, data_dir / "cut", [])
+    assert len(list_checkpoints(data_dir / "cut" / "checkpoints")) == 6
+    run(
+        prepare_run(load_config(one), Listener()),
+        checkpoints=data_dir / "cut" / "checkpoints",
+        artifact=data_dir / "cut" / "artifact",
+        reporter=Listener(),
+        interruptions=never,
+        add_documents=lambda directory, result: None,
+        resuming=True,
+    )
+    same(results(data_dir / "whole"), results(data_dir / "cut"))
+
+
 @contextmanager
 def never() -> Iterator[Any]:
     yield lambda: False
