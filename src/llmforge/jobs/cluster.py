@@ -222,7 +222,7 @@ def _connected(ray: Any, workers: int, audience: Reporter) -> Iterator[None]:
                 ) from None
     place = "joined the Ray cluster"
     if context is None:
-        context = ray.init("local", num_cpus=max(workers, _own_cores()), **options)
+        context = _start_here(ray, max(workers, _own_cores()), audience, options)
         place = "started Ray on this machine"
     dashboard = getattr(context, "dashboard_url", None)
     audience.note(f"{place}" + (f"; its dashboard is http://{dashboard}" if dashboard else ""))
@@ -230,6 +230,27 @@ def _connected(ray: Any, workers: int, audience: Reporter) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_here(ray: Any, cpus: int, audience: Reporter, options: Mapping[str, Any]) -> Any:
+    """Start Ray on this machine. It gives itself 30 seconds for that, which on a busy machine may need a second try.
+
+    Raises RunError.
+    """
+    try:
+        return ray.init("local", num_cpus=cpus, **options)
+    except Exception as error:  # of no type of its own
+        audience.note(f"Ray did not start ({_first_line(error)}); trying once more")
+        ray.shutdown()
+    try:
+        return ray.init("local", num_cpus=cpus, **options)
+    except Exception as error:
+        ray.shutdown()
+        logs = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "session_latest", "logs")
+        raise RunError(
+            f"Ray could not be started on this machine, in two tries: {_first_line(error)}. {logs} may say why; where "
+            "the machine is busy, try again later, or start a cluster with `ray start --head` and set RAY_ADDRESS: auto"
+        ) from error
 
 
 def _cluster_here() -> str | None:
