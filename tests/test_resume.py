@@ -154,15 +154,26 @@ def test_ctrl_c_exits_with_130_and_resume_comes_to_the_same_files(data_dir: Path
     assert json.loads(resumed.stdout)["metrics"] == finished[0]["metrics"]
 
 
-def test_kills_at_any_moment_lose_nothing(data_dir: Path, model_dir: Path) -> None:
+FULL: dict[str, Any] = {
+    "lora_config": None,
+    "optimizer": "adafactor",
+    "lr_scheduler_type": "constant",
+    "train_batch_size_per_device": 3,
+    "gradient_accumulation_steps": 3,
+    "padding": "longest",
+}
+
+
+@pytest.mark.parametrize("more", [{}, FULL], ids=["lora", "full"])
+def test_kills_at_any_moment_lose_nothing(more: dict[str, Any], data_dir: Path, model_dir: Path) -> None:
     """Kill a run again and again, each time a little later, mostly while it writes: a checkpoint after each step."""
-    keys = {**LONG, "num_epochs": 6, "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 1}}
+    keys = {**LONG, **more, "num_epochs": 6, "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 1}}
     expected = finished_run(data_dir, model_dir, **keys)
     run_dir = data_dir / "runs" / "run"
     rng = random.Random(0)
     target: Any = run_config
     path = write_config(data_dir, model_dir, **keys)
-    for steps in (1, 4, 9, 14, 20, 26, 33):
+    for steps in (1, 4, 9, 14, 20, 26, 33) if not more else (2, 7, 19, 30):
         process = child(target, path)
         wait_for_steps(run_dir / "events.jsonl", steps, process.is_alive)
         time.sleep(rng.random() * 0.03)
