@@ -14,7 +14,7 @@ export LLMFORGE_TOKENIZERS ?= $(CURDIR)/$(CACHE)/tokenizers
 export LLMFORGE_REAL_MODEL ?= $(CURDIR)/$(MODEL)
 export LLMFORGE_CONVERTER ?= $(CURDIR)/$(CACHE)/llama-cpp
 
-.PHONY: help quickstart test test-cluster sweep bench bench-gpu check lint types contracts install install-dev install-model install-tokenizers install-converter clean
+.PHONY: help quickstart test test-cluster sweep bench bench-gpu kills check lint types contracts install install-dev install-model install-tokenizers install-converter clean
 
 help:
 	@echo "make quickstart   fine-tune a real 135M model on the CPU and talk with it (some minutes)"
@@ -23,6 +23,7 @@ help:
 	@echo "make sweep        try every architecture of transformers, and write docs/models.md (some minutes)"
 	@echo "make bench        train the same rows with llmforge and with other programs (hours; see docs/benchmarks.md)"
 	@echo "make bench-gpu    the same on one CUDA GPU"
+	@echo "make kills        kill runs at many places, resume them, compare (half an hour; see docs/resume.md)"
 	@echo "make check        lint, types, import contracts and tests"
 	@echo "make install-dev  virtual environment with everything for development"
 
@@ -43,6 +44,9 @@ bench: install-dev $(MODEL)
 
 bench-gpu: install-dev $(MODEL)
 	$(RUN) benchmarks/bench.py --gpu $(BENCH)
+
+kills: install-dev
+	PYTHONPATH=tests $(RUN) benchmarks/kills.py $(KILLS)
 
 check: lint types contracts test
 

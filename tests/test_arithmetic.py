@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmforge.models import arithmetic
-from llmforge.models.arithmetic import AS_EXACT, WORTH, choose_matmul, keep_freed_memory
+from llmforge.models.arithmetic import AS_EXACT, WORTH, choose_matmul, keep_freed_memory, settle_matmul
 
 CPU = torch.device("cpu")
 
@@ -52,6 +52,23 @@ def test_both_speed_and_error_decide(monkeypatch, speedup, error, precision):
     path = choose_matmul(CPU)
     assert path is not None
     assert path.precision == torch.get_float32_matmul_precision() == precision
+
+
+def test_a_choice_holds_for_every_run_that_shares_the_cache(monkeypatch, tmp_path):
+    """A run that is killed before its first checkpoint must not compute another way when it starts again."""
+    pretend(monkeypatch, speedup=2.1, error=4e-7)
+    assert settle_matmul(CPU, tmp_path / "cache") == "medium"
+    pretend(monkeypatch, speedup=0.5, error=4e-7)  # as it may look under load
+    torch.set_float32_matmul_precision("highest")
+    assert settle_matmul(CPU, tmp_path / "cache") == torch.get_float32_matmul_precision() == "medium"
+    assert settle_matmul(CPU, tmp_path / "another") == torch.get_float32_matmul_precision() == "highest"
+
+    (file,) = (tmp_path / "cache").iterdir()
+    file.write_bytes(b"\xff")
+    assert settle_matmul(CPU, tmp_path / "cache") == "highest"
+    file.unlink()
+    (tmp_path / "file").touch()
+    assert settle_matmul(CPU, tmp_path / "file") == "highest"  # nowhere to keep it
 
 
 def test_no_choice_on_other_devices():

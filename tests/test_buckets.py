@@ -1,5 +1,6 @@
 """Runs whose model, data and output lie in a bucket, on servers of this machine; killed, throttled, without them."""
 
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -467,6 +468,31 @@ def test_what_changes_during_an_upload_waits_for_the_next_one(
     assert store.tree(prefix) == before
     mirror.upload()
     assert store.tree(prefix) == tree(mirror.directory) != before
+
+
+def test_a_start_that_was_cut_off_in_its_first_upload_can_be_made_again(
+    store: FaultyStore, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(bucket, "ATTEMPTS", 1)
+    url = "s3://bucket/cut/run"
+    for changes in range(5):
+        store.delete("cut/run")
+        mirror = Mirror(url, tmp_path / f"cache{changes}")
+        mirror.directory.mkdir(parents=True)
+        for name in ("config.yaml", "manifest.json", "resolved_config.yaml", "rows.jsonl"):
+            (mirror.directory / name).write_text("{}\n")
+        store.fault = down_after(changes)
+        with contextlib.suppress(BucketError):
+            mirror.upload()
+        store.fault = lambda request: None
+        another_machine = Mirror(url, tmp_path / f"elsewhere{changes}")
+        if changes < 4:
+            assert len(store.tree("cut/run")) == changes
+            with pytest.raises(InputError, match=r"start the run again|is not the directory of a run"):
+                Mirror.to_resume(url, print)
+            another_machine.claim()
+    with pytest.raises(OutputError, match="already holds a run"):
+        another_machine.claim()
 
 
 def test_whoever_is_ahead_wins(store: FaultyStore, tmp_path: Path) -> None:

@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import conversation_rows, write_jsonl
+from llmforge.errors import RunError
+from llmforge.jobs import ray_cluster
 from llmforge.jobs.cluster import Placement
 from llmforge.jobs.events import EventTail, read_events
 from llmforge.jobs.stragglers import STEPS, Stragglers
 from ranks import reported, train_on_ranks
-from tiny_runs import LORA, command, start, write_config
+from tiny_runs import LORA, Listener, command, start, write_config
 
 KEYS: dict[str, Any] = {
     "num_devices": 2,
@@ -170,6 +172,32 @@ def test_what_a_worker_refuses_is_said_once_and_not_tried_again(place: Path, mod
 
 
 NODES = [{"CPU": 8.0, "memory": 16.0 * 2**30, "node:10.0.0.1": 1.0}, {"CPU": 2.0, "memory": 16.0 * 2**30}]
+
+
+class BusyRay:
+    """Stands for Ray on a machine where it does not start in time."""
+
+    def __init__(self, failures: int) -> None:
+        self.calls: list[str] = []
+        self._failures = failures
+
+    def init(self, address: str, **options: Any) -> str:
+        self.calls.append("init")
+        if self.calls.count("init") <= self._failures:
+            raise Exception("The current node timed out during startup.")
+        return "context"
+
+    def shutdown(self) -> None:
+        self.calls.append("shutdown")
+
+
+def test_a_ray_that_does_not_start_is_tried_once_more_and_then_told_of() -> None:
+    listener, busy = Listener(), BusyRay(1)
+    assert ray_cluster._start_here(busy, 2, listener.note, {}) == "context"
+    assert busy.calls == ["init", "shutdown", "init"]
+    assert "timed out during startup" in listener.notes[0]
+    with pytest.raises(RunError, match=r"could not be started .*timed out.*try again later"):
+        ray_cluster._start_here(BusyRay(2), 2, listener.note, {})
 
 
 @pytest.mark.parametrize(

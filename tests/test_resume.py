@@ -154,15 +154,26 @@ def test_ctrl_c_exits_with_130_and_resume_comes_to_the_same_files(data_dir: Path
     assert json.loads(resumed.stdout)["metrics"] == finished[0]["metrics"]
 
 
-def test_kills_at_any_moment_lose_nothing(data_dir: Path, model_dir: Path) -> None:
+FULL: dict[str, Any] = {
+    "lora_config": None,
+    "optimizer": "adafactor",
+    "lr_scheduler_type": "constant",
+    "train_batch_size_per_device": 3,
+    "gradient_accumulation_steps": 3,
+    "padding": "longest",
+}
+
+
+@pytest.mark.parametrize("more", [{}, FULL], ids=["lora", "full"])
+def test_kills_at_any_moment_lose_nothing(more: dict[str, Any], data_dir: Path, model_dir: Path) -> None:
     """Kill a run again and again, each time a little later, mostly while it writes: a checkpoint after each step."""
-    keys = {**LONG, "num_epochs": 6, "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 1}}
+    keys = {**LONG, **more, "num_epochs": 6, "checkpoint_and_evaluation_frequency": {"unit": "steps", "frequency": 1}}
     expected = finished_run(data_dir, model_dir, **keys)
     run_dir = data_dir / "runs" / "run"
     rng = random.Random(0)
     target: Any = run_config
     path = write_config(data_dir, model_dir, **keys)
-    for steps in (1, 4, 9, 14, 20, 26, 33):
+    for steps in (1, 4, 9, 14, 20, 26, 33) if not more else (2, 7, 19, 30):
         process = child(target, path)
         wait_for_steps(run_dir / "events.jsonl", steps, process.is_alive)
         time.sleep(rng.random() * 0.03)
@@ -200,6 +211,27 @@ def test_a_kill_while_a_checkpoint_is_written_or_deleted_leaves_the_one_before(d
     assert listener.of("step", "step") == [9, 10, 11, 12]
     same(results(data_dir / "whole"), results(data_dir / "cut"))
     assert list(checkpoints.glob(".*")) == []
+
+
+def test_a_kill_before_superseded_checkpoints_are_deleted_leaves_none_behind(data_dir: Path, model_dir: Path) -> None:
+    """Kill a run behind its last checkpoint: no other one is written after it, which would tidy up."""
+    one = write_config(data_dir, model_dir, lora_config=DROPOUT_LORA, **EVERY_STEP)
+    train(one, data_dir / "whole", [])
+    all_of_them = write_config(
+        data_dir, model_dir, lora_config=DROPOUT_LORA, **EVERY_STEP, num_checkpoints_to_keep=9, custom_model_tag="all"
+    )
+    train(all_of_them, data_dir / "cut", [])
+    assert len(list_checkpoints(data_dir / "cut" / "checkpoints")) == 6
+    run(
+        prepare_run(load_config(one), Listener()),
+        checkpoints=data_dir / "cut" / "checkpoints",
+        artifact=data_dir / "cut" / "artifact",
+        reporter=Listener(),
+        interruptions=never,
+        add_documents=lambda directory, result: None,
+        resuming=True,
+    )
+    same(results(data_dir / "whole"), results(data_dir / "cut"))
 
 
 @contextmanager
@@ -384,10 +416,9 @@ def test_a_kill_during_each_kind_of_work_loses_nothing(data_dir: Path, model_dir
         assert process.exitcode == -signal.SIGKILL, moment
         if (run_dir / "resolved_config.yaml").exists():
             target, path = resume_run, run_dir
-        elif run_dir.exists():  # killed before there was anything to resume: as the error says, it is to be deleted
+        elif run_dir.exists():  # killed before there was anything to resume: as the error says, it starts again
             with pytest.raises(InputError, match=r"start the run again|not the directory of a run"):
                 jobs.resume(run_dir, Listener())
-            shutil.rmtree(run_dir)
     process = child(target, path)
     process.join(60)
     assert process.exitcode == 0

@@ -191,10 +191,30 @@ def test_a_reader_leaves_a_run_at_work_alone(tmp_path: Path) -> None:
     assert run.artifact.is_dir()
 
 
-def test_what_a_kill_left_before_the_config_is_no_run(tmp_path: Path) -> None:
+def test_what_a_kill_left_before_there_is_anything_to_continue_is_no_run(tmp_path: Path) -> None:
+    """Kill a start behind each of its files: the same command must go on, and not tell a person to tidy up."""
     run = RunDirectory.create(tmp_path, "mine")
-    (run.path / "run.lock").write_text("process 1 on nowhere\n")
-    assert RunDirectory.create(tmp_path, "mine") == run
+    for path in (run.path / "run.lock", run.manifest, run.config, run.rows):
+        path.write_text("process 1 on nowhere\n")
+        half_written = run.path / f".{path.name}.1a2b3c4d.partial"
+        half_written.write_text("hal")
+        assert RunDirectory.create(tmp_path, "mine") == run
+    with run.lock():
+        assert list(run.path.glob(".*")) == []
+    RunDirectory.check(tmp_path, "mine")
+    run.resolved_config.write_text("")
+    with pytest.raises(OutputError, match="already holds a run"):
+        RunDirectory.check(tmp_path, "mine")
+
+
+def test_a_directory_of_the_users_own_is_taken(tmp_path: Path) -> None:
+    for name, content in (("config.yaml", "mine"), (".notes", "mine"), (".notes.partial/x", "mine")):
+        path = tmp_path / name.partition("/")[0].strip(".") / name
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+        with pytest.raises(OutputError, match="already holds a run"):
+            RunDirectory.create(tmp_path, name.partition("/")[0].strip("."))
+        assert path.read_text() == content
 
 
 def test_write_atomically_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:

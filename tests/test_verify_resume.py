@@ -12,7 +12,7 @@ from commands import llmforge as command
 from llmforge.errors import InputError
 from llmforge.jobs.run_directory import RunDirectory
 from llmforge.jobs.verify_resume import compare_runs, verify_resume
-from tiny_runs import LORA, run_here, write_config
+from tiny_runs import LORA, run_here, start, write_config
 
 KEYS: dict[str, Any] = {"lora_config": {**LORA, "lora_dropout": 0.2}, "learning_rate": 1e-2, "num_epochs": 20}
 
@@ -25,7 +25,9 @@ def test_resuming_is_proven_and_nothing_is_left(data_dir: Path, model_dir: Path)
     report = json.loads(outcome.out)
     assert report["identical"] is True
     assert report["steps"] == 6
-    assert 2 <= report["resumed_from"] <= report["killed_after_step"] < 6
+    (kill,) = report["kills"]
+    assert kill["killed"] == "everything"
+    assert 2 <= kill["resumed_from"] <= kill["after_step"] < 6
     assert {check["name"]: check["count"] for check in report["checks"]} == {
         "parameters": 24,
         "optimizer state": 72,
@@ -36,6 +38,21 @@ def test_resuming_is_proven_and_nothing_is_left(data_dir: Path, model_dir: Path)
     assert all(check["different"] == [] for check in report["checks"])
     assert (report["repeatable"], report["kept"]) == (None, None)
     assert {path.name for path in data_dir.iterdir()} - before <= {"cache"}
+
+
+def test_on_two_devices_a_worker_and_then_everything_is_killed(data_dir: Path, model_dir: Path) -> None:
+    rows = {"valid_path": str(data_dir / "valid.jsonl"), "train_batch_size_per_device": 2, "num_epochs": 4}
+    config = write_config(data_dir, model_dir, learning_rate=1e-2, num_devices=2, parallel="fsdp2", **rows)
+    process = start("verify-resume", config, "--steps", "12", "--json")
+    out, err = process.communicate(timeout=280)
+    assert process.returncode == 0, out + err
+    report = json.loads(out)
+    assert report["steps"] == 12
+    assert [kill["killed"] for kill in report["kills"]] == ["a worker", "everything"]
+    assert all(4 <= kill["resumed_from"] <= kill["after_step"] < 12 for kill in report["kills"])
+    counts = {check["name"]: check["count"] for check in report["checks"]}
+    assert [counts[name] for name in ("losses", "data order", "evaluations")] == [12, 12, 3]
+    assert all(check["different"] == [] for check in report["checks"])
 
 
 def test_a_resume_that_changes_the_run_is_found_out(data_dir: Path, model_dir: Path) -> None:
@@ -71,10 +88,13 @@ def test_errors_are_those_of_the_run(data_dir: Path, model_dir: Path) -> None:
 
 def test_every_difference_is_named(data_dir: Path, model_dir: Path) -> None:
     run, _ = run_here(data_dir, model_dir, lora_config=LORA, valid_path=str(data_dir / "valid.jsonl"))
+    weights = run.artifact_dir / "adapter_model.safetensors"
     whole = RunDirectory.open(run.run_dir)
     other = RunDirectory.open(Path(shutil.copytree(run.run_dir, data_dir / "other")))
     assert not any(check.different for check in compare_runs(whole, other))
 
+    tensors = load_file(weights)
+    save_file(tensors | {min(tensors): -tensors[min(tensors)]}, other.artifact / weights.name)
     checkpoint = other.checkpoints / "step-000006"
     for name in ("parameters", "optimizer"):
         tensors = load_file(checkpoint / f"{name}.safetensors")
@@ -91,7 +111,7 @@ def test_every_difference_is_named(data_dir: Path, model_dir: Path) -> None:
             event["eval_loss"] += 1
     other.events.write_text("".join(json.dumps(event) + "\n" for event in lines))
     different = {check.name: check.different for check in compare_runs(whole, other)}
-    assert [len(different[name]) for name in ("parameters", "optimizer state")] == [1, 1]
+    assert [len(different[name]) for name in ("parameters", "optimizer state", "artifact")] == [1, 1, 1]
     assert different["losses"] == ["step 2"]
     assert different["data order"] == ["step 5"]
     assert different["evaluations"] == ["step 6"]

@@ -19,7 +19,7 @@ from llmforge import errors
 from llmforge.config import LoadedConfig
 from llmforge.config.schema import FineTuningConfig
 from llmforge.errors import ConfigError, Interrupted, LlmforgeError, RunError
-from llmforge.jobs.events import EventLog, EventTail
+from llmforge.jobs.events import EventTail
 from llmforge.jobs.interruptions import remember_interrupts
 from llmforge.jobs.ray_cluster import connected, require_ray
 from llmforge.jobs.run_directory import RunDirectory
@@ -139,22 +139,19 @@ def train_on_ray(
     max_failures: int,
     timeout: int,
     allow_unproven: bool,
+    stop_after: int | None = None,
 ) -> None:
     """Train a prepared run on workers until its artifact is there.
 
     Args:
         directory: of the run, on storage that every worker sees under the same path.
-        placement: of the cluster that this process is connected to.
-        place: where a person finds the run.
-        overrides: what is set otherwise than in the run's resolved config.
-        max_failures: how often workers may be lost; one that is told to go writes a checkpoint and does not count.
-        timeout: seconds that workers wait for one that hangs.
+        stop_after: the step after which the workers stop as for ctrl-C.
 
     Raises:
         InputError, RunError: as the workers raised it, or they were lost too often.
     """
     ray = _import_ray()
-    orders = Orders(str(directory.path), place, tuple(overrides), allow_unproven)
+    orders = Orders(str(directory.path), place, tuple(overrides), allow_unproven, stop_after)
     lost = 0
     with _held(ray, placement.extra):
         while ending := _attempt(ray, placement, orders, directory, audience, timeout=timeout):

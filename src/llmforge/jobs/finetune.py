@@ -15,7 +15,7 @@ from llmforge.config import LoadedConfig, load_config, refuse_unavailable
 from llmforge.errors import ConfigError
 from llmforge.jobs.cluster import Placement, placed, train_on_ray
 from llmforge.jobs.events import EventLog, Reporters, read_events, redact
-from llmforge.jobs.interruptions import remember_interrupts
+from llmforge.jobs.interruptions import Progress, remember_interrupts
 from llmforge.jobs.loggers import check_logger, make_logger
 from llmforge.jobs.manifest import build_manifest, read_manifest, write_manifest
 from llmforge.jobs.mirror import Mirror
@@ -53,14 +53,16 @@ def finetune(
     dry_run: bool = False,
     allow_unproven: bool = False,
     wait: bool = False,
+    stop_after: int | None = None,
     importing: Importing = nullcontext,
     executor: "Executor | None" = None,
 ) -> Run | None:
     """Run the fine-tuning job that a config describes; with `dry_run` stop before the first step and leave nothing.
 
     With `allow_unproven` the artifact is published even where it is not proven to serve what was trained. With `wait`
-    a cluster that grows by itself is waited for. `importing` is how a program of its own imports torch sooner than a
-    library may; `executor` encodes the rows, by default on this machine.
+    a cluster that grows by itself is waited for. After the step `stop_after` the run stops as for ctrl-C. `importing`
+    is how a program of its own imports torch sooner than a library may; `executor` encodes the rows, by default on this
+    machine.
 
     Raises:
         InputError: something given is wrong; nothing was trained.
@@ -89,12 +91,21 @@ def finetune(
         with directory.lock():
             RunDirectory.check(parent, output.tag)  # again: another process may have had it in between
             directory.require_free_space(needed, key="output_dir" if mirror is None else "cache_dir")
+            # The first: it says that this is a run.
+            write_manifest(directory.manifest, _manifest(loaded, preparation))
             write_atomically(directory.config, loaded.text)
             preparation.train.dataset.ledger.write(directory.rows)
-            write_manifest(directory.manifest, _manifest(loaded, preparation))
             # The last: with it a run can be resumed.
             write_atomically(directory.resolved_config, redact(preparation.config.to_yaml()))
-            return _train(directory, preparation, audience, placement, mirror=mirror, allow_unproven=allow_unproven)
+            return _train(
+                directory,
+                preparation,
+                audience,
+                placement,
+                mirror=mirror,
+                allow_unproven=allow_unproven,
+                stop_after=stop_after,
+            )
 
 
 def resume(
@@ -104,6 +115,7 @@ def resume(
     allow_unproven: bool = False,
     workers: int | None = None,
     wait: bool = False,
+    stop_after: int | None = None,
     importing: Importing = nullcontext,
     executor: "Executor | None" = None,
 ) -> Run:
@@ -120,7 +132,7 @@ def resume(
     mirror = Mirror.to_resume(run_dir, audience.note)
     directory = RunDirectory.open(Path(run_dir) if mirror is None else mirror.directory)
     with directory.lock():
-        return _resume(directory, mirror, audience, allow_unproven, workers, wait, importing, executor)
+        return _resume(directory, mirror, audience, allow_unproven, workers, wait, stop_after, importing, executor)
 
 
 def _resume(
@@ -130,13 +142,14 @@ def _resume(
     allow_unproven: bool,
     workers: int | None,
     wait: bool,
+    stop_after: int | None,
     importing: Importing,
     executor: "Executor | None",
 ) -> Run:
     if not directory.resolved_config.is_file():
         raise ConfigError(
-            f"{directory.path} was stopped while it was being prepared and holds nothing to continue; delete it and "
-            "start the run again from its YAML file"
+            f"{directory.path} was stopped while it was being prepared and holds nothing to continue; start the run "
+            "again, with `llmforge finetune` and its YAML file"
         )
     if has_finished(directory):
         if mirror is not None:
@@ -158,6 +171,7 @@ def _resume(
             resuming=True,
             overrides=overrides,
             allow_unproven=allow_unproven,
+            stop_after=stop_after,
         )
     assert run is not None
     return run
@@ -194,6 +208,7 @@ def _train(
     overrides: Sequence[str] = (),
     dry_run: bool = False,
     allow_unproven: bool = False,
+    stop_after: int | None = None,
 ) -> Run | None:
     if dry_run:
         from llmforge.train.run import run
@@ -228,6 +243,7 @@ def _train(
                 max_failures=devices.max_failures,
                 timeout=devices.worker_timeout,
                 allow_unproven=allow_unproven,
+                stop_after=stop_after,
             )
             metrics = load_run(directory.path).metrics
         else:
@@ -239,6 +255,7 @@ def _train(
                 place=place,
                 resuming=resuming,
                 allow_unproven=allow_unproven,
+                stop_after=stop_after,
             )
     except BaseException:
         if mirror is not None:
@@ -256,6 +273,7 @@ def train_as_worker(
     place: str,
     overrides: Sequence[str],
     allow_unproven: bool,
+    stop_after: int | None,
     interruptions: Callable[[Path], Interrupting],
 ) -> None:
     """Train a run that another process has prepared, as one of several workers.
@@ -282,6 +300,7 @@ def train_as_worker(
             place=place,
             resuming=True,
             allow_unproven=allow_unproven,
+            stop_after=stop_after,
         )
         return
     run(
@@ -305,6 +324,7 @@ def _train_here(
     place: str,
     resuming: bool,
     allow_unproven: bool,
+    stop_after: int | None,
 ) -> dict[str, float]:
     """Train in this process, and record how it goes; return the best checkpoint's metrics.
 
@@ -328,14 +348,15 @@ def _train_here(
                 )
             )
         heard = Reporters([events, *audiences], loggers)
-        reporter = Reporters([heard, Stragglers(heard.note)])
+        progress = Progress(stop_after)
+        reporter = Reporters([heard, Stragglers(heard.note), progress])
         try:
             result = run(
                 preparation,
                 checkpoints=directory.checkpoints,
                 artifact=directory.artifact,
                 reporter=reporter,
-                interruptions=partial(interruptions, reporter.note),
+                interruptions=partial(progress.or_when, partial(interruptions, reporter.note)),
                 add_documents=partial(_add_documents, directory, preparation),
                 resuming=resuming,
                 allow_unproven=allow_unproven,

@@ -25,7 +25,7 @@ from llmforge.bucket import BucketDirectory, Entry, bucket_url, copy_to_cache, l
 from llmforge.config import derive
 from llmforge.config.schema import FineTuningConfig
 from llmforge.errors import BucketError, InputError, OutputError
-from llmforge.jobs.run_directory import safe_name
+from llmforge.jobs.run_directory import RunDirectory, safe_name
 
 STATE = "state.json"  # of a checkpoint; `llmforge.checkpoint` writes it, and importing that would import torch
 CONFIG, MANIFEST, RESOLVED, EVENTS = "config.yaml", "manifest.json", "resolved_config.yaml", "events.jsonl"
@@ -92,7 +92,7 @@ class Mirror:
             there = self.bucket.entries()
         except BucketError as error:
             raise OutputError(f"output_dir: {error}") from error
-        if there:
+        if there and (MANIFEST not in there or RESOLVED in there):  # else a start was cut off in its first upload
             raise OutputError(
                 f"{self.url} already holds a run; continue it with `llmforge finetune --resume {self.url}`, or give "
                 "the new run another custom_model_tag"
@@ -100,7 +100,7 @@ class Mirror:
         if self._marker.is_file():
             shutil.rmtree(self.directory, ignore_errors=True)
             self._marker.unlink()
-        if self.directory.is_dir() and any(self.directory.iterdir()):
+        if self.directory.is_dir() and RunDirectory(self.directory).is_taken():
             raise OutputError(
                 f"{self.directory} still holds the local copy of an earlier run that was to be mirrored to {self.url}, "
                 f"where there is none. Continue it with `llmforge finetune --resume {self.directory}`, delete it, or "
@@ -261,6 +261,11 @@ class Mirror:
                 f"{self.directory} is the local copy of another run that was to be mirrored to {self.url}; move or "
                 "delete it"
             )
+        if RESOLVED not in there and RESOLVED not in here:
+            raise InputError(
+                f"{self.url} was stopped while it was being prepared and holds nothing to continue; start the run "
+                "again, with `llmforge finetune` and its YAML file"
+            )
         has_finished = self._has_finished(there)
         position_there = (has_finished, max(_whole(there), default=-1))
         position_here = (
@@ -280,7 +285,7 @@ class Mirror:
         whole = _whole(there)
         for step in () if has_finished else sorted(whole):  # the newest last: a copy that has it has everything
             self._download_checkpoint(whole[step], there)
-        self._download({RESOLVED: there[RESOLVED]} if RESOLVED in there else {})
+        self._download({RESOLVED: there[RESOLVED]})
         for path in self.directory.glob(f"{CHECKPOINTS}*"):
             if f"{CHECKPOINTS}{path.name}/" not in whole.values():
                 shutil.rmtree(path, ignore_errors=True)
@@ -467,6 +472,8 @@ def _copy_as_it_is(path: Path, copy: Path) -> None:
 def _turn(name: str) -> tuple[int, int, bool, str]:
     """Say when it is a file's turn: what says that something is whole comes behind it. Checkpoints come one by one."""
     step = _STEP.match(name)
+    if name == MANIFEST:  # the first, so that what a start leaves is known to be one
+        return -1, -1, False, name
     kind = 3 if step else 1 if name == EVENTS else 2 if name == RESOLVED else 0
     return kind, int(step[1]) if step else -1, name.endswith(f"/{STATE}"), name
 

@@ -7,12 +7,13 @@ import importlib.util
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from llmforge.errors import InputError
+from llmforge.errors import InputError, RunError
 
 SECONDS_TO_ANSWER = 10
 ADDRESS_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # Ray puts them above any argument
@@ -50,10 +51,10 @@ def connected(
             "(host:6379)"
         )
     require_answer(place)
-    options = {"num_cpus": cpus_of_own} if place == "local" else {}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     with ray_address(address):
         try:
-            context = ray.init(place, log_to_driver=False, logging_level="ERROR", **options)
+            context = _start_here(ray, cpus_of_own, note, options) if place == "local" else ray.init(place, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = "no Ray cluster" if place == "auto" else f"the Ray cluster at {place}"
             raise InputError(
@@ -67,6 +68,27 @@ def connected(
         yield
     finally:
         ray.shutdown()
+
+
+def _start_here(ray: Any, cpus: int | None, note: Callable[[str], None], options: Mapping[str, Any]) -> Any:
+    """Start Ray on this machine. It gives itself 30 seconds for that, which on a busy machine may need a second try.
+
+    Raises RunError.
+    """
+    try:
+        return ray.init("local", num_cpus=cpus, **options)
+    except Exception as error:  # of no type of its own
+        note(f"Ray did not start ({_first_line(error)}); trying once more")
+        ray.shutdown()
+    try:
+        return ray.init("local", num_cpus=cpus, **options)
+    except Exception as error:
+        ray.shutdown()
+        logs = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "session_latest", "logs")
+        raise RunError(
+            f"Ray could not be started on this machine, in two tries: {_first_line(error)}. {logs} may say why; where "
+            "the machine is busy, try again later, or start a cluster with `ray start --head` and set RAY_ADDRESS: auto"
+        ) from error
 
 
 def require_ray(need: str = "this needs Ray", instead: str = "") -> None:

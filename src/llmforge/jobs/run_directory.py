@@ -18,7 +18,9 @@ from pathlib import Path
 from llmforge.atomic import has_replaced, output_error, restore_replaced
 from llmforge.errors import InputError, OutputError
 
-_CONFIG, _MANIFEST, _LOCK = "config.yaml", "manifest.json", "run.lock"
+_CONFIG, _MANIFEST, _LOCK, _ROWS = "config.yaml", "manifest.json", "run.lock", "rows.jsonl"
+_BEGINNING = {_MANIFEST, _CONFIG, _LOCK, _ROWS}  # before there is anything to continue; the manifest comes first
+_HALF_WRITTEN = (".partial", ".tmp", ".probe")
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and temporary siblings need some of them
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -45,7 +47,7 @@ class RunDirectory:
         if not os.access(existing, os.W_OK | os.X_OK):
             read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
             raise output_error(OSError(errno.EROFS if read_only else errno.EACCES, ""), existing)
-        if tag is not None and existing == path and any(entry.name != _LOCK for entry in path.iterdir()):
+        if tag is not None and existing == path and RunDirectory(path).is_taken():
             raise OutputError(
                 f"{path} already holds a run; continue it with `llmforge finetune --resume {path}`, "
                 "or give the new run another custom_model_tag"
@@ -63,7 +65,7 @@ class RunDirectory:
             run.path.mkdir(parents=True, exist_ok=True)
             probe = run.path / f".{secrets.token_hex(4)}.probe"
             probe.write_bytes(b"0")
-            probe.unlink()
+            probe.unlink(missing_ok=True)
         except OSError as error:
             raise output_error(error, run.path) from error
         return run
@@ -83,8 +85,9 @@ class RunDirectory:
             return run
         if _is_run(path.parent):
             raise InputError(f"{path} lies inside a run; give the run's own directory, {path.parent}")
+        missing = next((name for name in (_MANIFEST, _CONFIG) if not (path / name).is_file()), _MANIFEST)
         raise InputError(
-            f"{path} is not the directory of a run (it has no {_MANIFEST}){_runs_beside(path / 'run')}"
+            f"{path} is not the directory of a run (it has no {missing}){_runs_beside(path / 'run')}"
             if path.is_dir()
             else f"{path} is a file; give the directory of a run"
         )
@@ -112,7 +115,7 @@ class RunDirectory:
     @property
     def rows(self) -> Path:
         """The row ledger."""
-        return self.path / "rows.jsonl"
+        return self.path / _ROWS
 
     @property
     def checkpoints(self) -> Path:
@@ -124,12 +127,18 @@ class RunDirectory:
         """The best model."""
         return self.path / "artifact"
 
+    def is_taken(self) -> bool:
+        """Tell a run, or files of the user's own, from what a kill leaves before there is anything to continue."""
+        names = {path.name for path in self.path.iterdir() if not _is_half_written(path)}
+        return not names <= (_BEGINNING if _MANIFEST in names else {_LOCK})
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Have the run to oneself, so that no two processes train it at once. Readers need no lock.
 
-        The system gives the lock back when the process ends, however it ends; the file `run.lock` only says who has
-        it. On a file system that knows no locks there is none.
+        Files that a kill left half written are deleted: nobody is writing them any more. The system gives the lock back
+        when the process ends, however it ends; the file `run.lock` only says who has it. On a file system that knows no
+        locks there is none.
         Raises OutputError, naming the process, when another one has it, or when nothing can be written here.
         """
         path = self.path / _LOCK
@@ -143,6 +152,8 @@ class RunDirectory:
         except OSError as error:
             raise output_error(error, path) from error
         try:
+            for file in filter(_is_half_written, list(self.path.iterdir())):
+                file.unlink(missing_ok=True)
             yield
         finally:
             with contextlib.suppress(OSError):
@@ -184,6 +195,10 @@ def _is_run(path: Path) -> bool:
     if (path / _MANIFEST).is_file() or (path / _LOCK).is_file():  # the lock's file: of one killed before its manifest
         return True
     return all(child.name == _CONFIG or child.is_dir() for child in path.iterdir())
+
+
+def _is_half_written(path: Path) -> bool:
+    return path.name.startswith(".") and path.suffix in _HALF_WRITTEN and path.is_file()
 
 
 def _lock(path: Path) -> int:

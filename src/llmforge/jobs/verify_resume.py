@@ -1,8 +1,9 @@
 """Proves on a config of one's own that a killed run, resumed, computes what a run computes that never stopped.
 
-Processes of their own train the run's first steps: one without a stop; one that SIGKILL ends at a random moment; one
-that resumes it. They are the real run, with its schedule and its data, and stop early as ctrl-C would stop it. This
-module starts them and compares what they leave; how to train and to resume is not its business.
+Processes of their own train the run's first steps: one without a stop; one that SIGKILL ends at a random moment, with
+all that it started; one that resumes it. On several devices a worker is killed before, and Ray starts again. They are
+the real run, with its schedule and its data, and stop early as ctrl-C would stop it. This module starts and kills them
+and compares what they leave; how to train and to resume is not its business.
 """
 
 import json
@@ -13,25 +14,28 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from llmforge.atomic import output_error
-from llmforge.config import load_config, refuse_unavailable
+from llmforge.bucket import bucket_url
+from llmforge.config import LoadedConfig, derive, load_config, refuse_unavailable
 from llmforge.errors import InputError, Interrupted, LlmforgeError, RunError
-from llmforge.jobs.events import read_events, redact
+from llmforge.jobs.events import EventTail, read_events, redact
+from llmforge.jobs.process_tree import ProcessTree
 from llmforge.jobs.run_directory import RunDirectory
+from llmforge.train.reporter import Unheard
 
 if TYPE_CHECKING:
     from llmforge.checkpoint import Checkpoint
 
 _CHECKPOINTS = 3  # in these steps
 _ATTEMPTS = 4
+_SECONDS_BETWEEN_LOOKS = 0.002
 _LOSSES = ("train_loss", "learning_rate", "grad_norm")
 _DATA = ("epoch", "examples", "tokens", "trained_tokens")
 
@@ -47,18 +51,30 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Kill:
+    """A kill that the run outlived.
+
+    `after_step` is the last step that was finished by then, `seconds_later` how long that had been so, or its
+    checkpoint been written; `resumed_from` is the step of the checkpoint that the run went on from (0: from the
+    beginning).
+    """
+
+    killed: Literal["everything", "a worker"]
+    after_step: int
+    seconds_later: float
+    resumed_from: int
+
+
+@dataclass(frozen=True)
 class Verification:
     """What came out.
 
-    `killed_after_step` is the last step that the killed process had finished, `resumed_from` that of the checkpoint it
-    was resumed from (0: from the beginning). `repeatable` is False where two runs that nothing stopped differ too, and
-    None where that was not tried, because there was nothing to explain. `kept` is where the runs lie, if they do.
+    `repeatable` is False where two runs that nothing stopped differ too, and None where that was not tried, because
+    there was nothing to explain. `kept` is where the runs lie, if they do.
     """
 
     steps: int
-    killed_after_step: int
-    seconds_into_next_step: float
-    resumed_from: int
+    kills: list[Kill]
     checks: list[Check]
     repeatable: bool | None
     seconds: float
@@ -79,11 +95,13 @@ class Verification:
 
     def lines(self) -> list[str]:
         """Give a table and the verdict, for a person."""
-        resumed = f"from the checkpoint of step {self.resumed_from}" if self.resumed_from else "from the beginning"
-        lines = [
-            f"killed {self.seconds_into_next_step:.3f} s after step {self.killed_after_step} of {self.steps}, "
-            f"resumed {resumed}"
-        ]
+        lines = []
+        for kill in self.kills:
+            resumed = f"from the checkpoint of step {kill.resumed_from}" if kill.resumed_from else "from the beginning"
+            lines.append(
+                f"killed {kill.killed} {kill.seconds_later:.3f} s after step {kill.after_step} of {self.steps}, "
+                f"resumed {resumed}"
+            )
         for check in self.checks:
             result = "the same, bit for bit"
             if check.different:
@@ -125,7 +143,7 @@ def verify_resume(
     loaded = load_config(config, overrides)
     refuse_unavailable(loaded)
     every = max(1, steps // _CHECKPOINTS)
-    with _workplace(Path(loaded.config.output_dir).expanduser().resolve(), keep) as place:
+    with _workplace(_parent(loaded), keep) as place:
         shared = [
             *overrides,
             f"output_dir={json.dumps(str(place))}",
@@ -136,44 +154,48 @@ def verify_resume(
             "logger=null",
         ]
 
-        def start(tag: str, **more: Any) -> RunDirectory:
-            _train(config=str(config), overrides=[*shared, f"custom_model_tag={tag}"], steps=steps, **more)
-            return RunDirectory.at(place, tag)
+        def start(tag: str, aims: Sequence[_Aim] = ()) -> tuple[RunDirectory, list[_Aim]]:
+            run = RunDirectory.at(place, tag)
+            request = {"config": str(config), "overrides": [*shared, f"custom_model_tag={tag}"], "steps": steps}
+            return run, _train(request, run, aims)
 
         say(f"training {steps} steps without a stop")
-        whole = start("uninterrupted")
+        whole, _ = start("uninterrupted")
         reached = _last_step(whole)
         if reached < 2:
             raise InputError(f"{config} describes a run of one step; there is nothing in it to kill and to resume")
         first = min(every, reached - 1)  # where there is a checkpoint by then, if the run has so many steps
-        killed, moment = None, 0.0
-        for attempt in range(_ATTEMPTS):
-            step = random.randint(first, max(first, reached - 2))  # not the last one, which may be too short a time
+        last = max(first, reached - 2)  # not the last one, which may be too short a time
+
+        def aim(killed: Literal["everything", "a worker"], step: int, attempt: int) -> _Aim:
             # Somewhere in what follows it: evaluation and checkpoint, where they come next, and the update after it.
             moment = random.random() * (_seconds(whole, step, "evaluation") + _seconds(whole, step + 1, "step"))
-            moment = moment / (attempt + 1)
-            say(f"training them again, to be killed after step {step}")
-            killed = start(f"killed-{attempt}", kill_after=step, kill_in=moment, kill_at_checkpoint=step == every)
-            done = _last_step(killed)
-            if done < reached:
+            return _Aim(killed, step, moment / (attempt + 1))
+
+        for attempt in range(_ATTEMPTS):
+            step = random.randint(first, last)
+            aims = [aim("everything", step, attempt)]
+            if loaded.config.num_devices > 1 and loaded.config.max_failures > 0:
+                aims.insert(0, aim("a worker", random.randint(first, (first + step) // 2), attempt))
+            aims[0] = replace(aims[0], event="checkpoint" if aims[0].step == every else "step")
+            say(f"training them again, to be killed after {' and '.join(f'step {aim.step}' for aim in aims)}")
+            killed, kills = start(f"killed-{attempt}", aims)
+            if kills[-1:] == aims[-1:] and _last_step(killed) < reached:
                 break
             say("it was over before it could be killed")
             shutil.rmtree(killed.path)
         else:
             raise RunError(f"{_ATTEMPTS} runs were over before they could be killed; give more steps with --steps")
-        assert killed is not None
         say("resuming it")
-        _train(resume=str(killed.path), steps=steps)
+        _train({"resume": str(killed.path), "steps": steps}, killed)
         checks = compare_runs(whole, killed)
         repeatable = None
         if any(check.different for check in checks):
             say("something differs; training once more without a stop, to see whether that comes out the same")
-            repeatable = not any(check.different for check in compare_runs(whole, start("again")))
+            repeatable = not any(check.different for check in compare_runs(whole, start("again")[0]))
         return Verification(
             steps=reached,
-            killed_after_step=done,
-            seconds_into_next_step=round(moment, 3),
-            resumed_from=_events(killed, "started")[-1]["resumed_from"] or 0,
+            kills=_outlived(killed, kills),
             checks=checks,
             repeatable=repeatable,
             seconds=round(time.monotonic() - began, 1),
@@ -184,33 +206,81 @@ def verify_resume(
 # --- the processes that train -----------------------------------------------------------------------------------------
 
 
-def _train(**request: Any) -> None:
-    """Have a process train, and wait for it. Raises what it failed with; being killed as requested is no failure."""
+@dataclass(frozen=True)
+class _Aim:
+    """What to kill, and when: some seconds after `event` told of this step, or of a later one."""
+
+    killed: Literal["everything", "a worker"]
+    step: int
+    seconds: float
+    event: Literal["step", "checkpoint"] = "step"
+
+
+def _train(request: Mapping[str, Any], run: RunDirectory, aims: Sequence[_Aim] = ()) -> list[_Aim]:
+    """Have a process train, and wait until it ends or `aims` have killed it; return those that came.
+
+    Raises what it failed with; being killed as requested is no failure.
+    """
     # The path as it is now, so that the process finds what this one finds.
     program = (
         f"import sys; sys.path[:] = {sys.path!r}\n"
         "from llmforge.jobs.verify_resume import train_first_steps; train_first_steps(sys.argv[1])"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, json.dumps(request)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # a group to be killed as one, and out of ctrl-C's reach: it would only stop the step
-    )
-    try:
-        said, noise = process.communicate()
-    except BaseException:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        raise
-    if process.returncode == 0 or (process.returncode == -signal.SIGKILL and "kill_after" in request):
-        return
-    message = said.strip() or noise.strip()[-2000:] or f"a process ended with {process.returncode}, without a word"
+    events = EventTail(run.events)
+    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as noise:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, json.dumps(request)],
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=noise,
+            start_new_session=True,  # out of ctrl-C's reach, which would only stop the step
+        )
+        tree = ProcessTree(process)
+        try:
+            kills = _carry_out(aims, events, tree, process)
+            while process.poll() is None:  # so that all of its processes are known, should this one be interrupted
+                tree.look()
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+        except BaseException:
+            tree.kill()
+            raise
+        tree.wait()
+        if process.returncode == 0 or (process.returncode == -signal.SIGKILL and kills):
+            return kills
+        message = _text(said) or _text(noise)[-2000:] or f"a process ended with {process.returncode}, without a word"
     raise (InputError if process.returncode == InputError.exit_code else RunError)(message)
+
+
+def _carry_out(
+    aims: Sequence[_Aim], events: EventTail, tree: ProcessTree, process: "subprocess.Popen[bytes]"
+) -> list[_Aim]:
+    """Kill as the aims say, one after the other, while the process lives; return those that came."""
+    kills: list[_Aim] = []
+    for aim in aims:
+        started = not kills  # behind a kill the run starts again first
+        came = False
+        while not came:
+            if process.poll() is not None:
+                return kills
+            tree.look()
+            for event in events.new():
+                started = started or event["event"] == "restarted"
+                came = came or (started and event["event"] == aim.event and event["step"] >= aim.step)
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        time.sleep(aim.seconds)
+        if aim.killed == "everything":
+            tree.kill()
+        elif workers := tree.workers():
+            random.choice(workers).kill()
+        else:
+            continue  # the cluster was there before, and its processes are not this program's
+        kills.append(aim)
+    return kills
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace").strip()
 
 
 def train_first_steps(request: str) -> None:
@@ -224,12 +294,12 @@ def train_first_steps(request: str) -> None:
     from llmforge.jobs.finetune import finetune, resume
     from llmforge.jobs.imports import imports_for_good
 
-    audience = _Stopping(**{key: asked[key] for key in asked.keys() - {"config", "overrides", "resume"}})
+    options: dict[str, Any] = {"stop_after": asked["steps"], "importing": imports_for_good}
     try:
         if "resume" in asked:
-            resume(Path(asked["resume"]), audience, importing=imports_for_good)
+            resume(Path(asked["resume"]), _Nobody(), **options)
         else:
-            finetune(load_config(asked["config"], asked["overrides"]), audience, importing=imports_for_good)
+            finetune(load_config(asked["config"], asked["overrides"]), _Nobody(), **options)
     except Interrupted:
         pass
     except LlmforgeError as error:
@@ -237,27 +307,18 @@ def train_first_steps(request: str) -> None:
         sys.exit(error.exit_code)
 
 
-class _Stopping:
-    """Watches a run, to stop it after `steps` as ctrl-C does; or to kill it, some seconds after an event."""
-
-    def __init__(
-        self, steps: int, kill_after: int | None = None, kill_in: float = 0.0, kill_at_checkpoint: bool = False
-    ) -> None:
-        self._steps, self._kill_after, self._kill_in = steps, kill_after, kill_in
-        self._deadly = "checkpoint" if kill_at_checkpoint else "step"
-
-    def event(self, event: str, **fields: Any) -> None:
-        """Stop or kill where it is time for that."""
-        if event == self._deadly and fields["step"] == self._kill_after:
-            threading.Timer(self._kill_in, os.killpg, (os.getpgrp(), signal.SIGKILL)).start()
-        if event == "step" and fields["step"] == self._steps:
-            signal.raise_signal(signal.SIGINT)
-
-    def note(self, text: str) -> None:
-        """Say nothing; it is in the run's events."""
+class _Nobody(Unheard):
+    """Hears nothing; all of it is in the run's events."""
 
     def progress(self, rows_done: int) -> None:
-        """Say nothing."""
+        """Do nothing."""
+
+
+def _parent(loaded: LoadedConfig) -> Path:
+    """Give the directory to work in: where runs are written, or for runs in a bucket, where their copies are."""
+    config = loaded.config
+    place = config.output_dir if bucket_url(config.output_dir) is None else config.cache_dir or derive.cache_dir().value
+    return Path(place).expanduser().resolve()
 
 
 @contextmanager
@@ -284,15 +345,17 @@ def _workplace(output_dir: Path, keep: bool) -> Iterator[Path]:
 
 
 def compare_runs(expected: RunDirectory, found: RunDirectory) -> list[Check]:
-    """Compare two runs: the state after their last step, and every record of every step on the way."""
+    """Compare two runs: the state after their last step, every record of every step on the way, and the artifact."""
     from llmforge.checkpoint import list_checkpoints, read_optimizer_state, read_parameters
 
     theirs, ours = (list_checkpoints(run.checkpoints)[-1] for run in (expected, found))
 
-    def state(name: str, unit: str, read: "Callable[[Checkpoint], Mapping[str, Any]]") -> Check:
-        first, second = read(theirs), read(ours)
+    def contents(name: str, unit: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> Check:
         names = sorted(first.keys() | second.keys())
         return Check(name, len(names), unit, [key for key in names if not _same(first.get(key), second.get(key))])
+
+    def state(name: str, unit: str, read: "Callable[[Checkpoint], Mapping[str, Any]]") -> Check:
+        return contents(name, unit, read(theirs), read(ours))
 
     def records(name: str, unit: str, event: str, fields: Sequence[str]) -> Check:
         first, second = (_records(run, event, fields) for run in (expected, found))
@@ -306,9 +369,18 @@ def compare_runs(expected: RunDirectory, found: RunDirectory) -> list[Check]:
         state("optimizer state", "values", read_optimizer_state),
         records("losses", "steps", "step", _LOSSES),
         records("data order", "steps", "step", _DATA),
+        records("evaluations", "steps", "evaluation", ("eval_loss",)),
+        contents("artifact", "tensors", *(_artifact_weights(run) for run in (expected, found))),
     ]
-    evaluations = records("evaluations", "steps", "evaluation", ("eval_loss",))
-    return [*checks, evaluations] if evaluations.count else checks
+    return [check for check in checks if check.count]  # without validation data, or before a run's end, some have none
+
+
+def _artifact_weights(run: RunDirectory) -> dict[str, Any]:
+    """Read the weights of a run's artifact; none where there is no artifact yet."""
+    from safetensors.torch import load_file
+
+    files = sorted(run.artifact.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def _same(first: Any, second: Any) -> bool:
@@ -328,6 +400,20 @@ def _events(run: RunDirectory, kind: str) -> list[dict[str, Any]]:
 
 def _last_step(run: RunDirectory) -> int:
     return max(event["step"] for event in _events(run, "step"))
+
+
+def _outlived(run: RunDirectory, kills: Sequence[_Aim]) -> list[Kill]:
+    """Say of each kill how far the run was, and what it went on from: every start but the first comes behind one."""
+    finished, starts = 0, []
+    for event in read_events(run.events):
+        if event["event"] == "step":
+            finished = event["step"]
+        elif event["event"] == "started":
+            starts.append((finished, event["resumed_from"] or 0))
+    return [
+        Kill(aim.killed, finished, round(aim.seconds, 3), resumed_from)
+        for aim, (finished, resumed_from) in zip(kills, starts[1:], strict=False)
+    ]
 
 
 def _seconds(run: RunDirectory, step: int, kind: str) -> float:

@@ -27,13 +27,14 @@ class Orders:
     """What a worker is told.
 
     Where the run lies, for it and for a person; what is set otherwise than in the run's resolved config; whether an
-    unproven artifact may be published.
+    unproven artifact may be published; the step after which to stop.
     """
 
     run_dir: str
     place: str
     overrides: tuple[str, ...]
     allow_unproven: bool
+    stop_after: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Give what Ray passes on."""
@@ -77,6 +78,7 @@ def work_as(orders: Orders, notice: Callable[[], str | None], *, rank: int, loca
             place=orders.place,
             overrides=orders.overrides,
             allow_unproven=orders.allow_unproven,
+            stop_after=orders.stop_after,
             interruptions=partial(asked_to_stop, notice),
         )
     except LlmforgeError as error:

@@ -4,17 +4,25 @@ Both are settings of the process, made once before training. Neither changes wha
 """
 
 import ctypes
+import hashlib
 import platform
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+from llmforge.atomic import write_atomically
+from llmforge.errors import OutputError
 
 # The library is changed only for a clear gain.
 WORTH = 1.3
 # How much larger its error may be. Another order of additions makes a factor of 2 or 3; bf16 makes 1000 and more.
 AS_EXACT = 8.0
 _PLACES, _FEATURES, _RANK = 512, 768, 8
+_ROUNDS = 12
+_PRECISIONS = ("highest", "medium")
 
 
 @dataclass(frozen=True)
@@ -47,11 +55,11 @@ def choose_matmul(device: torch.device) -> MatmulPath | None:
     seconds: dict[str, float] = {}
     errors: dict[str, float] = {}
     try:
-        for precision in ("highest", "medium"):
+        for precision in _PRECISIONS:
             torch.set_float32_matmul_precision(precision)
             errors[precision] = max(_error(left, right) for left, right in products)
-        for _ in range(5):  # in turns, so that other programs disturb both alike
-            for precision in ("highest", "medium"):
+        for _ in range(_ROUNDS):  # in turns, so that other programs disturb both alike
+            for precision in _PRECISIONS:
                 torch.set_float32_matmul_precision(precision)
                 took = _seconds(x, weight.t())
                 seconds[precision] = min(took, seconds.get(precision, took))
@@ -62,6 +70,29 @@ def choose_matmul(device: torch.device) -> MatmulPath | None:
     precision = "medium" if exact and speedup >= WORTH else before
     torch.set_float32_matmul_precision(precision)
     return MatmulPath(precision, speedup, errors["medium"], errors["highest"])
+
+
+def settle_matmul(device: torch.device, cache_dir: Path) -> str:
+    """Choose as `choose_matmul`, but once for a kind of processor; give the precision that is set.
+
+    A choice that hangs on timings can come out another way in another run, and that run would differ from the first
+    one in rounding. So it is kept in a file below `cache_dir`, and runs that share the directory compute the same.
+    Where it cannot be written, each run measures for itself.
+    """
+    kind = f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    file = cache_dir / f"matmul-{hashlib.blake2b(kind.encode(), digest_size=8).hexdigest()}"
+    with suppress(OSError, UnicodeDecodeError):
+        known = file.read_text(encoding="utf-8").partition("\n")[0]
+        if known in _PRECISIONS:
+            torch.set_float32_matmul_precision(known)
+            return known
+    torch.set_float32_matmul_precision("highest")
+    found = choose_matmul(device)
+    chosen = "highest" if found is None else found.precision
+    with suppress(OSError, OutputError):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, f"{chosen}\n{kind}\n")
+    return chosen
 
 
 def lay_out_weights(model: torch.nn.Module) -> None:
@@ -106,6 +137,14 @@ def give_back_memory() -> None:
     """Give what `keep_freed_memory` kept back to the system: what comes next asks for other blocks."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _error(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -16,6 +16,7 @@ from llmforge.bucket import bucket_url
 from llmforge.checkpoint import (
     Checkpoint,
     best_sound,
+    delete_superseded,
     last_sound,
     list_checkpoints,
     load_parameters,
@@ -39,7 +40,7 @@ from llmforge.models.adapter import (
     load_adapter,
     starting_point,
 )
-from llmforge.models.arithmetic import choose_matmul, give_back_memory, keep_freed_memory
+from llmforge.models.arithmetic import give_back_memory, keep_freed_memory, settle_matmul
 from llmforge.models.causality import check_causal
 from llmforge.models.device import DTYPES, autocast, device_name, free_memory
 from llmforge.models.fused_lora import fuse_lora
@@ -134,8 +135,9 @@ def run(
     config = preparation.config
     keep_freed_memory()
     backend = _backend(preparation)
-    last_checkpoint = _last_checkpoint(checkpoints, backend, reporter, resuming=resuming)
-    _choose_matmul(backend, last_checkpoint)
+    keep = config.checkpoint.num_checkpoints_to_keep
+    last_checkpoint = _last_checkpoint(checkpoints, backend, reporter, resuming=resuming, keep=keep)
+    _choose_matmul(backend, last_checkpoint, Path(config.data.cache_dir))
     ready = _ready(preparation, backend.device if not backend.shards else torch.device("cpu"), reporter)
     model, start, head, forward_context = ready.model, ready.start, ready.head, ready.autocast
     parameters, trainable = count_parameters(model)
@@ -215,13 +217,7 @@ def run(
         reporter.event("evaluation", step=step, **metrics, seconds=time.perf_counter() - began)
         return metrics
 
-    saver = Saver(
-        checkpoints,
-        backend=backend,
-        last_step=last_step,
-        keep=config.checkpoint.num_checkpoints_to_keep,
-        reporter=reporter,
-    )
+    saver = Saver(checkpoints, backend=backend, last_step=last_step, keep=keep, reporter=reporter)
 
     def save(step: int, metrics: dict[str, float], *, only_to_resume: bool = False) -> None:
         saver.save(backend.state(model, optimizer), step=step, metrics=metrics, only_to_resume=only_to_resume)
@@ -382,26 +378,28 @@ def _prove(
     return Proof({**text.sections, **weights.sections}, findings, [*weights.remarks])
 
 
-def _last_checkpoint(checkpoints: Path, backend: Backend, reporter: Reporter, *, resuming: bool) -> Checkpoint | None:
+def _last_checkpoint(
+    checkpoints: Path, backend: Backend, reporter: Reporter, *, resuming: bool, keep: int
+) -> Checkpoint | None:
     """Give the checkpoint to go on from, if there is one; the first rank looks at them, and tidies up."""
     step = -1
     if backend.rank == 0:
         sweep(checkpoints)
         found = last_sound(checkpoints, reporter.note) if resuming else None
+        delete_superseded(list_checkpoints(checkpoints), keep)  # for one that was killed before it came to that
         step = -1 if found is None else found.step
     step = int(backend.total(float(step) if backend.rank == 0 else 0.0))
     return next((checkpoint for checkpoint in list_checkpoints(checkpoints) if checkpoint.step == step), None)
 
 
-def _choose_matmul(backend: Backend, checkpoint: Checkpoint | None) -> None:
-    """Multiply fp32 matrices as the run did before, else as the first rank finds best: ranks and resumed runs agree."""
+def _choose_matmul(backend: Backend, checkpoint: Checkpoint | None, cache_dir: Path) -> None:
+    """Multiply fp32 matrices as the run did before, else as is best where the first rank is: all ranks do the same."""
     if backend.device.type != "cpu":
         return
     chosen = None if checkpoint is None else checkpoint.matmul
     if chosen is None:
-        found = choose_matmul(backend.device) if backend.rank == 0 else None
-        wanted = backend.total(float(found is not None and found.precision == "medium"))
-        chosen = "medium" if wanted else "highest"
+        medium = backend.rank == 0 and settle_matmul(backend.device, cache_dir) == "medium"
+        chosen = "medium" if backend.total(float(medium)) else "highest"
     torch.set_float32_matmul_precision(chosen)
 
 
