@@ -19,7 +19,7 @@ from llmforge import errors
 from llmforge.config import LoadedConfig
 from llmforge.config.schema import FineTuningConfig
 from llmforge.errors import ConfigError, Interrupted, LlmforgeError, RunError
-from llmforge.jobs.events import EventTail
+from llmforge.jobs.events import EventLog, EventTail
 from llmforge.jobs.interruptions import remember_interrupts
 from llmforge.jobs.ray_cluster import connected, require_ray
 from llmforge.jobs.run_directory import RunDirectory
