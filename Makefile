@@ -14,11 +14,12 @@ export LLMFORGE_TOKENIZERS ?= $(CURDIR)/$(CACHE)/tokenizers
 export LLMFORGE_REAL_MODEL ?= $(CURDIR)/$(MODEL)
 export LLMFORGE_CONVERTER ?= $(CURDIR)/$(CACHE)/llama-cpp
 
-.PHONY: help quickstart test sweep bench bench-gpu check lint types contracts install install-dev install-model install-tokenizers install-converter clean
+.PHONY: help quickstart test test-cluster sweep bench bench-gpu check lint types contracts install install-dev install-model install-tokenizers install-converter clean
 
 help:
 	@echo "make quickstart   fine-tune a real 135M model on the CPU and talk with it (some minutes)"
 	@echo "make test         run the tests"
+	@echo "make test-cluster run the tests that need a cluster: root, and Debian's slurmctld, slurmd, slurm-client, iproute2"
 	@echo "make sweep        try every architecture of transformers, and write docs/models.md (some minutes)"
 	@echo "make bench        train the same rows with llmforge and with other programs (hours; see docs/benchmarks.md)"
 	@echo "make bench-gpu    the same on one CUDA GPU"
@@ -30,6 +31,9 @@ quickstart: install $(MODEL)
 
 test: install-dev $(MODEL) install-tokenizers install-converter
 	$(RUN) -m pytest -n 2
+
+test-cluster: install-dev
+	$(RUN) -m pytest tests/test_cluster.py tests/test_slurm.py -rs
 
 sweep: install-dev
 	PYTHONPATH=tests $(RUN) -m sweep

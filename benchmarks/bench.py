@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from measuring import machine, process, work
 from measuring.report import render
 from measuring.work import Case
 from peers import PROGRAMS
-from peers.program import CACHE, INSIDE, NotInstalledError, NotPossibleError, Program, last_error
+from peers.program import CACHE, INSIDE, NotInstalledError, NotPossibleError, Program, last_error, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -125,22 +124,12 @@ def _environments(programs: list[Program], results: dict[str, Any]) -> dict[str,
     failed = {}
     for program in programs:
         try:
-            versions = _versions(program.python(), program.packages)
+            found = versions(program.python(), program.packages)
         except NotInstalledError as error:
             failed[program.key] = f"not installed: {error}"
-            versions = {}
-        results["programs"][program.key] = {"title": program.title, "versions": versions}
+            found = {}
+        results["programs"][program.key] = {"title": program.title, "versions": found}
     return failed
-
-
-def _versions(python: Path, packages: Any) -> dict[str, str]:
-    program = (
-        "import importlib.metadata as m, json, sys\n"
-        "found = {d.name.lower(): d.version for d in m.distributions() if d.name}\n"
-        "print(json.dumps({p: found[p] for p in sys.argv[1:] if p in found}))"
-    )
-    done = subprocess.run([python, "-c", program, *packages], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
 
 
 def _cases(options: argparse.Namespace) -> Iterator[Case]:

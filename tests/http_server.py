@@ -25,6 +25,7 @@ def served(model: ServedModel, settings: Settings | None = None) -> Iterator[str
     server = uvicorn.Server(config)
     with socket.socket(proto=socket.IPPROTO_TCP) as listener:  # else asyncio leaves Nagle on
         listener.bind(("127.0.0.1", 0))
+        listener.listen(100)  # who comes before the server does is not refused
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()
         try:

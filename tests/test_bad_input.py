@@ -90,6 +90,13 @@ def test_a_missing_file(place: Path, trap: Path) -> None:
     refused(place, trap, "nope.jsonl", "does not exist", place / "nope.jsonl", train_path="nope.jsonl")
 
 
+def test_a_deepspeed_file_that_is_not_there(place: Path, trap: Path) -> None:
+    outcome = command("validate", write_config(place, trap, deepspeed={"config_path": "configs/zero_3.json"}))
+    assert outcome.code == 2
+    for text in ("deepspeed.config_path: given configs/zero_3.json", str(place), "--set deepspeed=null"):
+        assert text in outcome.error
+
+
 def test_an_empty_file(place: Path, trap: Path) -> None:
     (place / "empty.jsonl").touch()
     refused(place, trap, "empty.jsonl", "empty", "one example a line", train_path="empty.jsonl")

@@ -25,6 +25,7 @@ COMMANDS = (
     "verify-resume",
     "chat",
     "generate",
+    "serve",
     "export",
     "data",
     "prompt",

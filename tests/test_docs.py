@@ -2,13 +2,13 @@
 
 import re
 import runpy
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from llmforge.config import load_config, refuse_unavailable
+from llmforge.config import load_config
+from llmforge.config.serve_config import load_serve_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,6 +26,10 @@ def blocks(language: str) -> list:
 @pytest.mark.parametrize("text", blocks("yaml"))
 def test_yaml_blocks_are_valid_configs(text, tmp_path):
     keys = yaml.safe_load(text)
+    if keys.keys() & {"engine_config", "model_loading_config", "applications"}:
+        (tmp_path / "serve.yaml").write_text(text, encoding="utf-8")
+        assert load_serve_config(tmp_path / "serve.yaml")[0].name == "my-model"
+        return
     missing = "".join(f"{key}: {value}\n" for key, value in MINIMAL.items() if key not in keys)
     config = tmp_path / "config.yaml"
     config.write_text(missing + text, encoding="utf-8")
@@ -45,25 +49,6 @@ CONFIGS = sorted(path for path in (ROOT / "examples").glob("*/*.yaml") if path.p
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
 def test_example_configs_are_valid(config):
     assert load_config(config).config.train_path
-
-
-def test_the_kubernetes_manifest_brings_a_valid_config_and_asks_for_its_devices(tmp_path):
-    brought, job = yaml.safe_load_all((ROOT / "examples/cluster/kuberay.yaml").read_text(encoding="utf-8"))
-    (tmp_path / "run.yaml").write_text(brought["data"]["run.yaml"], encoding="utf-8")
-    config = load_config(tmp_path / "run.yaml").config
-    refuse_unavailable(load_config(tmp_path / "run.yaml"))
-    (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    assert config.num_devices == group["replicas"] == group["minReplicas"] == group["maxReplicas"]
-    mounted = {mount["mountPath"] for mount in group["template"]["spec"]["containers"][0]["volumeMounts"]}
-    assert all(path.startswith(tuple(mounted)) for path in (config.output_dir, config.cache_dir, config.model_id))
-
-
-def test_the_slurm_script_is_one(tmp_path):
-    script = ROOT / "examples/cluster/slurm.sh"
-    assert subprocess.run(["bash", "-n", script], capture_output=True).returncode == 0
-    for line in script.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#SBATCH"):
-            assert re.fullmatch(r"#SBATCH --[a-z-]+(=\S+)?", line), line
 
 
 def test_configuration_page_is_current():

@@ -5,7 +5,19 @@ from pathlib import Path
 
 from commands import program
 
-HEAVY = ("torch", "transformers", "peft", "pyarrow", "numpy", "matplotlib", "huggingface_hub", "rich", "fsspec")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "pyarrow",
+    "numpy",
+    "matplotlib",
+    "huggingface_hub",
+    "rich",
+    "fsspec",
+    "fastapi",
+    "uvicorn",
+)
 
 # Each statement is run and followed by the heavy modules that are there since: one interpreter, in order of weight.
 PROBE = """
@@ -40,6 +52,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
         command("finetune", "--help"),
         command("validate", "--config-only", str(config)),
         command("schema"),
+        command("serve", "--help"),
         command("anyscale", "finetune", "--help"),
         "from llmforge.prompt import PromptFormat, compile_to_jinja",
         "from llmforge.jobs.display import open_display",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -14,12 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import conversation_rows, write_jsonl
-from llmforge.errors import ConfigError
 from llmforge.jobs.cluster import Placement
 from llmforge.jobs.events import EventTail, read_events
 from llmforge.jobs.stragglers import STEPS, Stragglers
 from ranks import reported, train_on_ranks
-from tiny_runs import LORA, start, write_config
+from tiny_runs import LORA, command, start, write_config
 
 KEYS: dict[str, Any] = {
     "num_devices": 2,
@@ -88,10 +88,10 @@ def test_a_killed_worker_and_a_killed_driver_cost_steps_and_nothing_else(
     wait_for(lambda: '"restarted"' in events.read_text(), process)
     began = steps_in(events)
     wait_for(lambda: steps_in(events) >= began + 8, process)
-    left = psutil.Process(process.pid).children(recursive=True)
+    left = workers_of(process.pid)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
-    psutil.wait_procs(left, timeout=60)  # Ray's processes notice that their driver is gone
+    assert psutil.wait_procs(left, timeout=60)[1] == []  # they notice that their driver is gone
 
     resumed = start("finetune", "--resume", run_dir, "--json")
     out, err = resumed.communicate(timeout=200)
@@ -99,6 +99,45 @@ def test_a_killed_worker_and_a_killed_driver_cost_steps_and_nothing_else(
     assert json.loads(out)["run_dir"] == str(run_dir)
     assert_same_result(run_dir, expected)
     assert [event["attempt"] for event in read_events(events) if event["event"] == "restarted"] == [1]
+
+
+def test_a_worker_that_is_slow_told_to_go_or_hangs(place: Path, model_dir: Path, expected: Path) -> None:
+    keys = {**KEYS, "worker_timeout": 15, "valid_path": str(place / "valid.jsonl"), "custom_model_tag": "troubled"}
+    run_dir = place / "runs" / "troubled"
+    events = run_dir / "events.jsonl"
+    process = start("finetune", write_config(place, model_dir, **keys))
+
+    def last_worker() -> psutil.Process:
+        return wait_for(lambda: workers_of(process.pid), process)[-1]
+
+    wait_for(lambda: steps_in(events) >= 2, process)
+    slow = last_worker()
+
+    def named_while_slow() -> bool:
+        slow.suspend()
+        time.sleep(0.06)
+        slow.resume()
+        return "times as long as the others" in events.read_text()
+
+    wait_for(named_while_slow, process)
+    slow.terminate()
+    wait_for(lambda: "was told to end" in events.read_text(), process)
+    began = steps_in(events)
+    wait_for(lambda: steps_in(events) >= began + 3, process)
+    last_worker().suspend()
+
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert_same_result(run_dir, expected)
+    found = read_events(events)
+    told, hung = (event for event in found if event["event"] == "restarted")
+    (note,) = (event["text"] for event in found if event["event"] == "note")
+    steps = [event["step"] for event in found if event["event"] == "step"]
+    assert len(steps) - len(set(steps)) < 5  # the checkpoint that the notice caused cost none
+    assert (told["attempt"], hung["attempt"]) == (0, 1)
+    assert f"SIGTERM to process {slow.pid}" in told["reason"]
+    assert "does not answer" in hung["reason"]
+    assert re.match(r"worker \d takes \d", note)
 
 
 def test_ctrl_c_stops_all_workers_after_a_step(place: Path, model_dir: Path, expected: Path) -> None:
@@ -130,25 +169,45 @@ def test_what_a_worker_refuses_is_said_once_and_not_tried_again(place: Path, mod
     assert not [event for event in read_events(place / "runs/broken/events.jsonl") if event["event"] == "restarted"]
 
 
+NODES = [{"CPU": 8.0, "memory": 16.0 * 2**30, "node:10.0.0.1": 1.0}, {"CPU": 2.0, "memory": 16.0 * 2**30}]
+
+
 @pytest.mark.parametrize(
-    ("each", "extra", "words"),
+    ("each", "extra", "key", "words"),
     [
-        ({"CPU": 4.0}, {}, ("3 workers of 4 CPU", "8 CPU")),
-        ({"CPU": 1.0, "accelerator_type:A10G": 0.001}, {}, ("0.001 accelerator_type:A10G",)),
-        ({"CPU": 2.0}, {"memory": 64 * 2**30}, ("64.0 GiB memory for the first",)),
+        ({"CPU": 4.0}, {}, "num_devices", ("3 workers of 4 CPU each", "8 CPU, 16.0 GiB memory; 2 CPU")),
+        ({"CPU": 2.0}, {"CPU": 6.0}, "num_devices", ("3 workers of 2 CPU each and 6 CPU for the first",)),
+        ({"CPU": 1.0, "A10G": 0.001}, {}, "worker_resources", ("no node", "0.001 A10G", "worker_resources={}")),
+        ({"CPU": 2.0}, {"memory": 64 * 2**30}, "trainer_resources", ("64.0 GiB memory", "trainer_resources={}")),
     ],
 )
-def test_what_never_fits_is_refused(each: dict[str, float], extra: dict[str, float], words: tuple[str, ...]) -> None:
-    nodes = [{"CPU": 8.0, "memory": 16.0 * 2**30, "node:10.0.0.1": 1.0}, {"CPU": 2.0, "memory": 16.0 * 2**30}]
-    with pytest.raises(ConfigError) as error:
-        Placement(3, each, extra).check(nodes)
-    for word in (*words, "num_devices", "--wait"):
-        assert word in str(error.value)
+def test_what_never_fits(each: dict[str, float], extra: dict[str, float], key: str, words: tuple[str, ...]) -> None:
+    ((found, text),) = Placement(3, each, extra).obstacles(NODES)
+    assert found == key
+    for word in words:
+        assert word in text
 
 
-def test_what_fits_is_not_refused() -> None:
+def test_what_fits() -> None:
     nodes = [{"CPU": 8.0, "GPU": 4.0}, {"CPU": 2.0, "memory": 16.0 * 2**30}]
-    Placement(4, {"CPU": 2.0, "GPU": 1.0}, {"memory": 8.0 * 2**30}).check(nodes)
+    assert Placement(4, {"CPU": 2.0, "GPU": 1.0}, {"memory": 8.0 * 2**30}).obstacles(nodes) == []
+
+
+def test_what_this_machine_cannot_hold_is_refused_before_rows_are_read(tmp_path: Path, model_dir: Path) -> None:
+    keys = {"num_devices": 2, "worker_resources": {"accelerator_type:A10G": 0.001}}
+    config = write_config(tmp_path, model_dir, **keys, trainer_resources={"memory": 2**50})
+    done = command("finetune", config)
+    assert done.returncode == 2
+    lines = config.read_text().splitlines()
+    for key, words in {
+        "worker_resources": "0.001 accelerator_type:A10G",
+        "trainer_resources": "1048576.0 GiB memory",
+    }.items():
+        (error,) = (line for line in done.stderr.splitlines() if f"{key}: no node" in line)
+        assert f"{config}:{lines.index(f'{key}:') + 1}: " in error
+        assert words in error
+        assert f"--set '{key}={{}}'" in error
+    assert "--wait" in done.stderr
 
 
 def test_stragglers_are_named_once() -> None:

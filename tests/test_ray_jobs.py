@@ -109,7 +109,7 @@ def test_nothing_answers(data_dir, model_dir, monkeypatch):
     done = llmforge("anyscale", "finetune", "config.yaml", "--job")
     assert (done.code, "'nonsense' is not the address of a Ray cluster" in done.error) == (2, True)
     done = llmforge("anyscale", "finetune", "config.yaml", "--address", f"http://127.0.0.1:{port}")
-    assert (done.code, "add --job" in done.error) == (2, True)
+    assert (done.code, "anyscale finetune --job" in done.error) == (2, True)
 
 
 def test_a_run_must_not_be_left_where_ray_deletes_it(data_dir, model_dir, monkeypatch):

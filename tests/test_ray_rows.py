@@ -32,7 +32,7 @@ def on_ray(ray_cluster):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        with connected(ray_cluster["address"]):
+        with connected(ray_cluster["address"], note=print):
             yield prepare
 
 
@@ -109,12 +109,32 @@ def test_a_cache_that_nodes_do_not_share(tmp_path, on_ray, monkeypatch):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_a_cluster_that_stands_still_is_given_up(tmp_path, on_ray, monkeypatch):
+    import ray
+
+    from llmforge.jobs import ray_rows
+
+    if not ray_rows._STANDSTILL:
+        pytest.skip("this Ray waits for ever")
+    file = write_rows(tmp_path / "x.jsonl", rows_of_words(1000))
+    group = ray.util.placement_group([{"CPU": ray.cluster_resources()["CPU"]}])  # all that there is
+    ray.get(group.ready(), timeout=60)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(ray_rows, "MINUTES_WITHOUT_PROGRESS", 0.05)
+            with pytest.raises(RunError, match=r"has encoded nothing for 0\.05 minutes"):
+                on_ray(file, tmp_path / "cache", block_bytes=10_000)
+    finally:
+        ray.util.remove_placement_group(group)
+    assert on_ray(file, tmp_path / "cache", block_bytes=10_000).statistics.rows == 1000
+
+
 KILLED = """
 import sys
 from pathlib import Path
 from llmforge.jobs.ray_cluster import connected
 from test_data_prepare import Bytes, run
-with connected(sys.argv[1]):
+with connected(sys.argv[1], note=print):
     from llmforge.jobs.ray_rows import encode_on_cluster
     options = {"block_bytes": 10_000, "executor": encode_on_cluster, "workers": 2}
     run(sys.argv[2], Path(sys.argv[3]), Bytes(sys.argv[4], 0.3), **options)

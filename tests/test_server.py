@@ -588,6 +588,27 @@ def test_large_and_slow_bodies_are_bounded() -> None:
         assert server.chat().choices[0].message.content == ANSWER
 
 
+@pytest.mark.parametrize("chunked", [True, False])
+def test_who_sends_far_too_much_is_told_so(chunked: bool) -> None:
+    """Like most clients, this one looks for an answer only when all is sent."""
+    with serving(chatml(), settings=Settings(max_body_bytes=2**20)) as server:
+        large = b"x" * (7 * 2**20)
+        content = (large[at : at + 2**16] for at in range(0, len(large), 2**16)) if chunked else large
+        headers = {"Content-Type": "application/json"}
+        response = httpx.post(f"{server.url}/v1/chat/completions", content=content, headers=headers)
+        assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
+
+
+def test_the_server_does_not_read_for_ever() -> None:
+    with serving(chatml(), settings=Settings(max_body_bytes=2**20)) as server:
+        with raw_request(server.url, b"{", length=2**40) as connection, pytest.raises(OSError, match=r"reset|pipe"):
+            connection.sendall(b"x" * (30 * 2**20))  # it reads 8 MB, and some more fills the buffers
+        began = time.monotonic()
+        with raw_request(server.url, b"", length=2**40, expect=True) as connection:
+            assert connection.recv(1000).startswith(b"HTTP/1.1 413")  # asked before it sends: not a byte is needed
+        assert time.monotonic() - began < 5
+
+
 def test_more_requests_than_the_server_takes_are_refused() -> None:
     with serving(chatml(), settings=Settings(max_requests=1), pause=0.01) as server:
         server.says(ANSWER)
@@ -671,7 +692,7 @@ def test_the_schema_describes_every_field(tiny: Served) -> None:
 
 
 @contextmanager
-def raw_request(url: str, body: bytes, length: int | None = None) -> Iterator[socket.socket]:
+def raw_request(url: str, body: bytes, *, length: int | None = None, expect: bool = False) -> Iterator[socket.socket]:
     """Send a chat request over a socket of one's own, with small buffers; it is closed at the end."""
     host, port = url.removeprefix("http://").split(":")
     with socket.socket() as connection:
@@ -679,6 +700,7 @@ def raw_request(url: str, body: bytes, length: int | None = None) -> Iterator[so
         connection.settimeout(30)
         connection.connect((host, int(port)))
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        head += "Expect: 100-continue\r\n" if expect else ""
         connection.sendall(f"{head}Content-Length: {length or len(body)}\r\n\r\n".encode() + body)
         yield connection
 

@@ -7,18 +7,21 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
 SAMPLES_PER_SECOND = 5
 SHARED_SAMPLES_PER_SECOND = 1  # reading shared memory in full walks all page tables, which would slow the program
+PATIENCE = 20  # seconds between SIGTERM and SIGKILL
 
 
 @dataclass
@@ -91,15 +94,7 @@ def run(
     peak = Peak()
     with open(log, "wb") as output:
         began = time.time()
-        process = subprocess.Popen(
-            command,
-            cwd=directory,
-            env={**environment, "BENCH_PROBE": str(probe)},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        process = _start(command, {**environment, "BENCH_PROBE": str(probe)}, directory, output)
         main = psutil.Process(process.pid)
         code: int | None = None
         try:
@@ -118,6 +113,59 @@ def run(
                 process.wait()
     records = [json.loads(line) for line in probe.read_text().splitlines()] if probe.is_file() else []
     return Outcome(code, began, ended, peak, log.read_text(errors="replace"), records)
+
+
+@dataclass
+class Running:
+    """A program that runs beside this one: when it began (s since 1970), its memory, and where its output goes."""
+
+    process: subprocess.Popen[bytes]
+    began: float
+    peak: Peak
+    log: Path
+
+
+@contextmanager
+def running(command: Sequence[str], *, environment: Mapping[str, str], directory: Path) -> Iterator[Running]:
+    """Start a command in `directory`, watch its memory, and end it: SIGTERM, then SIGKILL if it must be."""
+    log = directory / "log.txt"
+    ended = threading.Event()
+    with open(log, "wb") as output:
+        began = time.time()
+        program = Running(_start(command, environment, directory, output), began, Peak(), log)
+        main = psutil.Process(program.process.pid)
+
+        def watch() -> None:
+            while not ended.wait(1 / SAMPLES_PER_SECOND):
+                program.peak.sample(main)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield program
+        finally:
+            ended.set()
+            watcher.join()
+            program.process.terminate()
+            try:
+                program.process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                os.killpg(program.process.pid, signal.SIGKILL)
+                program.process.wait()
+
+
+def _start(
+    command: Sequence[str], environment: Mapping[str, str], directory: Path, output: IO[bytes]
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command,
+        cwd=directory,
+        env=environment,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def steps_of(probe: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -35,7 +35,8 @@ class Environment:
     """A virtual environment that is made on demand.
 
     `requirements` come after torch, `constraints` hold back what they would bring. `without` is uninstalled again, and
-    `stubs` are empty modules in the place of packages that are imported but not needed.
+    `stubs` are empty modules in the place of packages that are imported but not needed. `variables` are set while pip
+    runs. `torch` is False for a program that does not compute with it.
     """
 
     name: str
@@ -43,6 +44,8 @@ class Environment:
     constraints: Sequence[str] = ()
     without: Sequence[str] = ()
     stubs: Mapping[str, str] = field(default_factory=dict)
+    variables: Mapping[str, str] = field(default_factory=dict)
+    torch: bool = True
 
     def python(self) -> Path:
         """Give the interpreter, making the environment where it is not there yet.
@@ -57,7 +60,9 @@ class Environment:
             return Path(given)
         directory = CACHE / "venvs" / self.name
         python = directory / "bin" / "python"
-        recipe = json.dumps([TORCH, *map(str, (self.requirements, self.constraints, self.without, self.stubs))])
+        parts = [self.requirements, self.constraints, self.without, self.stubs]
+        parts += [self.variables] if self.variables else []
+        recipe = json.dumps([TORCH, *map(str, parts)])
         marker = directory / "recipe.json"
         if marker.is_file() and marker.read_text() == recipe:
             return python
@@ -75,11 +80,17 @@ class Environment:
 
             constraints = directory / "constraints.txt"
             constraints.write_text("".join(f"{line}\n" for line in (f"torch=={TORCH}", *self.constraints)))
-            environment = {**os.environ, "PIP_CONSTRAINT": str(constraints), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+            environment = {
+                **os.environ,
+                "PIP_CONSTRAINT": str(constraints),
+                "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+                **self.variables,
+            }
             environment.pop("PYTHONPATH", None)
             run(sys.executable, "-m", "venv", directory)
             # torch comes first: everything else then accepts the build that is there.
-            run(python, "-m", "pip", "install", "torch")
+            if self.torch:
+                run(python, "-m", "pip", "install", "torch")
             run(python, "-m", "pip", "install", *self.requirements)
             if self.without:
                 run(python, "-m", "pip", "uninstall", "-y", *self.without)
@@ -141,6 +152,17 @@ class Program:
     def note(self, case: Case) -> str:
         """Say what about this program's work in a case is not the same as the others'."""
         return ""
+
+
+def versions(python: Path, packages: Sequence[str]) -> dict[str, str]:
+    """Ask an interpreter for the versions of packages; those that it does not have are left out."""
+    program = (
+        "import importlib.metadata as m, json, sys\n"
+        "found = {d.name.lower(): d.version for d in m.distributions() if d.name}\n"
+        "print(json.dumps({p: found[p] for p in sys.argv[1:] if p in found}))"
+    )
+    done = subprocess.run([python, "-c", program, *packages], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
 
 
 def run_once(python: Path, script: Path, source: Path, target: Path) -> None:

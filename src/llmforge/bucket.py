@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import inspect
 import os
 import random
 import re
@@ -41,23 +42,20 @@ CREDENTIALS = {
 }
 ATTEMPTS = 7
 FIRST_WAIT = 0.5  # seconds; the next ones are twice as long each, give or take a half
+SECONDS_TO_CONNECT = 10
+SECONDS_TO_ANSWER = 60
 PATIENCE = 120.0  # seconds after which a request that fails is not tried again
 PART_BYTES = 32 << 20  # of an upload; a file of two and more is uploaded in parts
 PIECE_BYTES = 8 << 20  # of a download: what is lost when it is cut
 AT_ONCE = 4  # files downloaded, or parts uploaded, at the same time
 UPLOADS = 3  # of a file that arrives as another one
 
+# gcsfs would ask, by gRPC, of which kind a bucket is before it reads or writes there, and wait a minute where nothing
+# answers that. It is asked for plain objects only. It reads this when it is imported.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
 _URL = re.compile(r"(s3|gs):/{1,2}([^/].*)")  # one slash is left where a URL went through pathlib
 _MD5 = re.compile(r"[0-9a-f]{32}")
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "s3": {
-        "use_listings_cache": False,
-        # Trying again is our business: several layers that do it multiply the time until an outage is told.
-        "config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60},
-        "max_concurrency": AT_ONCE,
-    },
-    "gs": {"use_listings_cache": False},
-}
 _NO_CREDENTIALS = {
     "NoCredentialsError",
     "PartialCredentialsError",
@@ -274,7 +272,7 @@ class BucketDirectory:
 
     @contextlib.contextmanager
     def trying(self, attempts: int) -> Iterator[None]:
-        """Try each request only so often inside the block."""
+        """Try each request only so often inside the block, and no more often those that are at it already."""
         before, self.attempts = self.attempts, attempts
         try:
             yield
@@ -290,17 +288,13 @@ class BucketDirectory:
         """The file system of fsspec, opened when it is first needed."""
         with self._opening:
             if self._opened is None:
-                import fsspec
-
                 try:
-                    self._opened = fsspec.filesystem(self._scheme, **_OPTIONS[self._scheme])
+                    self._opened = _file_system(self._scheme)
                 except ImportError:
                     raise BucketError(
                         f"{self._scheme}:// needs a package that is not installed; run `pip install "
                         f"'{PACKAGES[self._scheme]}'`"
                     ) from None
-                if self._scheme == "s3":
-                    self._opened.retries = 1
             return self._opened
 
     def _key(self, name: str) -> str:
@@ -354,7 +348,9 @@ class BucketDirectory:
         """Make a request, again and again where that may help."""
         place = f"{self.url}/{name}" if name else self.url
         began = time.monotonic()
-        for attempt in range(1, self.attempts + 1):
+        attempt = 0
+        while True:
+            attempt += 1
             try:
                 return call()
             except BucketError:
@@ -363,11 +359,10 @@ class BucketDirectory:
                 refusal = self._refusal(error)
                 if refusal is not None:
                     raise BucketError(f"{place}: {refusal}") from error
-                if attempt == self.attempts or time.monotonic() - began > PATIENCE:
+                if attempt >= self.attempts or time.monotonic() - began > PATIENCE:
                     tries = f", also at try {attempt}" if attempt > 1 else ""
                     raise BucketError(f"{place} cannot be had{tries} ({_text(error)})") from error
             time.sleep(FIRST_WAIT * 2 ** (attempt - 1) * _JITTER.uniform(0.5, 1.5))
-        raise AssertionError("the last attempt returns or raises")
 
     def _refusal(self, error: Exception) -> str | None:
         """Say why a request must fail again, and what to change; None where it need not."""
@@ -376,6 +371,8 @@ class BucketDirectory:
         if isinstance(error, FileNotFoundError):
             return f"it does not exist ({_text(error)})"
         code = getattr(error, "code", None)  # of gcsfs
+        if code in (401, "401") and "Invalid Credentials" in str(error):
+            return None  # a token that has just run out; the next request gets another one
         if isinstance(error, PermissionError) or str(error).startswith("Forbidden") or code in (401, 403, "401", "403"):
             return f"no permission ({_text(error)}); use credentials that have it: {CREDENTIALS[self._scheme]}"
         if isinstance(error, OSError) and error.errno in _REFUSED:
@@ -429,6 +426,34 @@ def origin_of_copy(path: Path) -> tuple[str, str] | None:
         if part == "buckets" and scheme in CREDENTIALS and _MD5.fullmatch(digest):
             return url_of_parts((scheme, *names, last)), digest
     return None
+
+
+def _file_system(scheme: str) -> Any:
+    """Open fsspec's file system for s3:// or gs://. Raises ImportError where its package is missing.
+
+    Trying again is our business: several layers that do it multiply the time until an outage is told.
+    """
+    import fsspec
+
+    if scheme == "s3":
+        opened = fsspec.filesystem(
+            "s3",
+            use_listings_cache=False,
+            config_kwargs={
+                "retries": {"total_max_attempts": 1},
+                "connect_timeout": SECONDS_TO_CONNECT,
+                "read_timeout": SECONDS_TO_ANSWER,
+            },
+            max_concurrency=AT_ONCE,
+        )
+        opened.retries = 1
+        return opened
+    from aiohttp import ClientTimeout
+
+    patience = ClientTimeout(sock_connect=SECONDS_TO_CONNECT, sock_read=SECONDS_TO_ANSWER)  # it has none of its own
+    opened = fsspec.filesystem("gs", use_listings_cache=False, requests_timeout=patience)
+    opened._request = partial(inspect.unwrap(type(opened)._request), opened)  # without what tries six times
+    return opened
 
 
 def _text(error: BaseException) -> str:

@@ -192,7 +192,7 @@ def anyscale_finetune(
             raise InputError("--env and --exclude are for a job; add --job")
         from llmforge.jobs.ray_cluster import connected
 
-        with connected(address):
+        with connected(address, note=_note):
             from llmforge.jobs.ray_rows import encode_on_cluster
 
             _finetune(
@@ -301,7 +301,7 @@ def _print_validation(report: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(report))
         return
     for note in report.pop("notes"):
-        print(f"note: {note}", file=sys.stderr)
+        _note(note)
     print(f"{report['config']} is valid")
     for name, value in report.items():
         if name not in ("valid", "config"):
@@ -369,7 +369,7 @@ def _print_proof(proof: "Proof", as_json: bool, notes: list[str]) -> None:
     from llmforge.export.proof_words import proof_lines
 
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        _note(note)
     if as_json:
         print(proof.to_json(None))
     else:
@@ -531,6 +531,10 @@ def export(
     print(f"wrote {exported.directory}")
     for note in exported.notes:
         print(f"  {note}")
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -155,11 +155,7 @@ class DevicesSection:
     parallel: Literal["ddp", "fsdp2", "deepspeed"]
     fsdp_cpu_offload: bool
     max_failures: int
-
-    @property
-    def on_ray(self) -> bool:
-        """Whether the run needs workers, and not just this process."""
-        return bool(self.num_devices > 1 or self.worker_resources or self.trainer_resources or self.parallel != "ddp")
+    worker_timeout: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,6 +337,7 @@ def _regrouped(config: FineTuningConfig, values: dict[str, Any], origins: dict[s
             parallel=values["parallel"],
             fsdp_cpu_offload=config.fsdp_cpu_offload,
             max_failures=config.max_failures,
+            worker_timeout=config.worker_timeout,
         ),
         checkpoint=CheckpointSection(
             unit=frequency.unit,

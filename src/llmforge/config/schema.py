@@ -336,6 +336,9 @@ class FineTuningConfig(Section):
     max_failures: int = Field(
         3, ge=0, description="How often a run on Ray is started again from its last checkpoint when a worker is lost."
     )
+    worker_timeout: Count = Field(
+        1800, description="Seconds that workers on Ray wait for one that hangs; then it counts as lost."
+    )
 
     flash_attention_2: Literal["auto"] | bool = Field(
         "auto", description="FlashAttention 2, where the hardware and its package are there."

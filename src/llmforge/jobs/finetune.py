@@ -13,6 +13,7 @@ from llmforge.atomic import write_atomically
 from llmforge.bucket import bucket_url
 from llmforge.config import LoadedConfig, load_config, refuse_unavailable
 from llmforge.errors import ConfigError
+from llmforge.jobs.cluster import Placement, placed, train_on_ray
 from llmforge.jobs.events import EventLog, Reporters, read_events, redact
 from llmforge.jobs.interruptions import remember_interrupts
 from llmforge.jobs.loggers import check_logger, make_logger
@@ -66,32 +67,34 @@ def finetune(
         RunError: the run failed; what it had done is in its directory.
     """
     refuse_unavailable(loaded)
-    # Before rows are encoded, which can take an hour: is there a place to write to?
+    # Before rows are encoded, which can take an hour: is there a place to write to, and one to run?
     if bucket_url(loaded.config.output_dir):
         Mirror.check(loaded.config)
     else:
         RunDirectory.check(Path(loaded.config.output_dir).expanduser(), loaded.config.custom_model_tag)
-    preparation = _prepare(loaded, audience, allow_unproven, importing, executor)
-    from llmforge.train.run import check_model
+    _check_logger(loaded)
+    with placed(loaded, None, wait=wait, note=audience.note) as placement:
+        preparation = _prepare(loaded, audience, allow_unproven, importing, executor)
+        from llmforge.train.run import check_model
 
-    needed = check_model(preparation)
-    output = preparation.config.output
-    mirror = Mirror.of(output.output_dir, output.tag, Path(preparation.config.data.cache_dir))
-    parent = Path(output.output_dir) if mirror is None else mirror.directory.parent
-    if dry_run:
-        return _train(RunDirectory.at(parent, output.tag), preparation, audience, dry_run=True)
-    if mirror is not None:
-        mirror.claim()
-    directory = RunDirectory.create(parent, output.tag)
-    with directory.lock():
-        RunDirectory.check(parent, output.tag)  # again: another process may have had it in between
-        directory.require_free_space(needed, key="output_dir" if mirror is None else "cache_dir")
-        write_atomically(directory.config, loaded.text)
-        preparation.train.dataset.ledger.write(directory.rows)
-        write_manifest(directory.manifest, _manifest(loaded, preparation))
-        # The last: with it a run can be resumed.
-        write_atomically(directory.resolved_config, redact(preparation.config.to_yaml()))
-        return _train(directory, preparation, audience, mirror=mirror, allow_unproven=allow_unproven, wait=wait)
+        needed = check_model(preparation)
+        output = preparation.config.output
+        mirror = Mirror.of(output.output_dir, output.tag, Path(preparation.config.data.cache_dir))
+        parent = Path(output.output_dir) if mirror is None else mirror.directory.parent
+        if dry_run:
+            return _train(RunDirectory.at(parent, output.tag), preparation, audience, None, dry_run=True)
+        if mirror is not None:
+            mirror.claim()
+        directory = RunDirectory.create(parent, output.tag)
+        with directory.lock():
+            RunDirectory.check(parent, output.tag)  # again: another process may have had it in between
+            directory.require_free_space(needed, key="output_dir" if mirror is None else "cache_dir")
+            write_atomically(directory.config, loaded.text)
+            preparation.train.dataset.ledger.write(directory.rows)
+            write_manifest(directory.manifest, _manifest(loaded, preparation))
+            # The last: with it a run can be resumed.
+            write_atomically(directory.resolved_config, redact(preparation.config.to_yaml()))
+            return _train(directory, preparation, audience, placement, mirror=mirror, allow_unproven=allow_unproven)
 
 
 def resume(
@@ -142,20 +145,27 @@ def _resume(
         return replace(load_run(directory.path), url=None if mirror is None else mirror.url)
     overrides = () if mirror is None else (f"cache_dir={json.dumps(str(mirror.cache_dir))}",)
     loaded = load_config(directory.resolved_config, overrides)
-    preparation = _prepare(loaded, audience, allow_unproven, importing, executor)
-    _refuse_changes(read_manifest(directory.manifest), _manifest(loaded, preparation), directory)
-    run = _train(
-        directory,
-        preparation,
-        audience,
-        mirror=mirror,
-        resuming=True,
-        allow_unproven=allow_unproven,
-        workers=workers,
-        wait=wait,
-    )
+    _check_logger(loaded)
+    with placed(loaded, workers, wait=wait, note=audience.note) as placement:
+        preparation = _prepare(loaded, audience, allow_unproven, importing, executor)
+        _refuse_changes(read_manifest(directory.manifest), _manifest(loaded, preparation), directory)
+        run = _train(
+            directory,
+            preparation,
+            audience,
+            placement,
+            mirror=mirror,
+            resuming=True,
+            overrides=overrides,
+            allow_unproven=allow_unproven,
+        )
     assert run is not None
     return run
+
+
+def _check_logger(loaded: LoadedConfig) -> None:
+    if loaded.config.logger is not None:
+        check_logger(loaded.config.logger.provider, loaded.config.logger.provider_config)
 
 
 def _prepare(
@@ -167,8 +177,6 @@ def _prepare(
 ) -> "Preparation":
     for note in loaded.notes:
         audience.note(note)
-    if loaded.config.logger is not None:
-        check_logger(loaded.config.logger.provider, loaded.config.logger.provider_config)
     with importing():  # torch and transformers come here, and not with the commands
         import llmforge.train.run  # noqa: F401 - which is needed next
         from llmforge.train.prepare import prepare_run
@@ -179,13 +187,13 @@ def _train(
     directory: RunDirectory,
     preparation: "Preparation",
     audience: Audience,
+    placement: Placement | None,
     *,
     mirror: Mirror | None = None,
     resuming: bool = False,
+    overrides: Sequence[str] = (),
     dry_run: bool = False,
     allow_unproven: bool = False,
-    workers: int | None = None,
-    wait: bool = False,
 ) -> Run | None:
     if dry_run:
         from llmforge.train.run import run
@@ -207,38 +215,54 @@ def _train(
         audiences.append(mirror)  # behind the events, which it uploads
         mirror.tell = audience.note
         mirror.try_upload()
+    place = str(directory.path) if mirror is None else mirror.url
     devices = preparation.config.devices
-    if devices.on_ray or (workers or 1) > 1:
-        from llmforge.jobs.cluster import train_on_ray
-
-        train_on_ray(
-            directory,
-            devices,
-            Reporters(audiences),
-            workers=workers or devices.num_devices,
-            allow_unproven=allow_unproven,
-            wait=wait,
-        )
-        metrics = load_run(directory.path).metrics
-    else:
-        metrics = _train_here(
-            directory,
-            preparation,
-            audiences,
-            interruptions=remember_interrupts,
-            place=str(directory.path) if mirror is None else mirror.url,
-            resuming=resuming,
-            allow_unproven=allow_unproven,
-        )
+    try:
+        if placement is not None:
+            train_on_ray(
+                directory,
+                placement,
+                Reporters(audiences),
+                place=place,
+                overrides=overrides,
+                max_failures=devices.max_failures,
+                timeout=devices.worker_timeout,
+                allow_unproven=allow_unproven,
+            )
+            metrics = load_run(directory.path).metrics
+        else:
+            metrics = _train_here(
+                directory,
+                preparation,
+                audiences,
+                interruptions=remember_interrupts,
+                place=place,
+                resuming=resuming,
+                allow_unproven=allow_unproven,
+            )
+    except BaseException:
+        if mirror is not None:
+            mirror.stop()
+        raise
     if mirror is not None:
         mirror.finish()
     return Run(directory.path, preparation.config.output.tag, metrics, None if mirror is None else mirror.url)
 
 
 def train_as_worker(
-    run_dir: Path, *, rank: int, allow_unproven: bool, interruptions: Callable[[Path], Interrupting]
+    run_dir: Path,
+    *,
+    rank: int,
+    place: str,
+    overrides: Sequence[str],
+    allow_unproven: bool,
+    interruptions: Callable[[Path], Interrupting],
 ) -> None:
     """Train a run that another process has prepared, as one of several workers.
+
+    Args:
+        place: where a person finds the run.
+        overrides: what is set otherwise than in the run's resolved config, as where it goes on in another place.
 
     Raises:
         InputError, RunError: as `finetune`.
@@ -247,14 +271,15 @@ def train_as_worker(
     from llmforge.train.run import run
 
     directory = RunDirectory.open(run_dir)
-    preparation = prepare_run(load_config(directory.resolved_config), Unheard(), allow_unproven=allow_unproven)
+    loaded = load_config(directory.resolved_config, overrides)
+    preparation = prepare_run(loaded, Unheard(), allow_unproven=allow_unproven)
     if rank == 0:
         _train_here(
             directory,
             preparation,
             [],
             interruptions=lambda note: interruptions(run_dir),
-            place=str(run_dir),
+            place=place,
             resuming=True,
             allow_unproven=allow_unproven,
         )

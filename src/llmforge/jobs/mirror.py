@@ -1,15 +1,21 @@
 """Keeps a run's directory in a bucket: the run works in a local directory, and what changes there is uploaded.
 
+A thread uploads while the training goes on. What it uploads are hard links to the files as they were when it began, so
+that a checkpoint that is superseded meanwhile stays whole until it is there.
+
 The order of uploads and deletions makes a kill at any moment leave the bucket with the old state or the new one. A
 checkpoint counts when its `state.json` is there, a run has finished when its `events.jsonl` says so, and a run can be
 continued once its `resolved_config.yaml` is there: each comes behind what it speaks for.
 """
 
 import json
+import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +31,9 @@ STATE = "state.json"  # of a checkpoint; `llmforge.checkpoint` writes it, and im
 CONFIG, MANIFEST, RESOLVED, EVENTS = "config.yaml", "manifest.json", "resolved_config.yaml", "events.jsonl"
 CHECKPOINTS, ARTIFACT = "checkpoints/", "artifact/"
 _STAGING = "staging"
+_PINNED = ".uploading"  # in a run's directory: what is being uploaded
+_WHOLE = (CHECKPOINTS, ARTIFACT, CONFIG, MANIFEST, RESOLVED, "rows.jsonl")  # made in one piece, never written into
+_PINNING = 10  # times that it is tried: each time only fails if a checkpoint was just then superseded
 _STEP = re.compile(r"checkpoints/step-(\d{6,})/")
 _FINISHED = b'{"event": "finished"'
 _TAIL = 1 << 16  # bytes of the events that are looked through for the last one
@@ -34,8 +43,9 @@ _ATTEMPTS_AT_THE_END = 2  # of a run that failed or was interrupted: somebody wa
 class Mirror:
     """A run's directory in a bucket, and the local one that stands for it while the run works.
 
-    It is a reporter: it uploads when it hears of a checkpoint. While the run goes on, an outage is told once and does
-    not stop it.
+    It is a reporter: when it hears of a checkpoint, it uploads behind the training's back, one time after the other;
+    what comes while it is at it goes into the next time. While the run goes on, an outage is told once and does not
+    stop it.
     """
 
     def __init__(self, url: str, cache_dir: Path) -> None:
@@ -45,6 +55,10 @@ class Mirror:
         self.directory = cache_dir.joinpath(_STAGING, *local_parts(url))
         self.tell: Callable[[str], None] = lambda text: None
         self._told = False
+        self._turn = threading.Lock()  # for what the thread and others change
+        self._thread: threading.Thread | None = None
+        self._again = False  # whether it is to upload once more
+        self._failure: BucketError | OSError | None = None  # of the last time
         self._uploaded: dict[str, tuple[int, int, Entry]] = {}  # name → size, time of change, and what the store said
 
     @classmethod
@@ -128,36 +142,38 @@ class Mirror:
         return mirror
 
     def event(self, event: str, **fields: Any) -> None:
-        """Upload what there is when a checkpoint was written or the run failed."""
+        """Begin to upload what there is when a checkpoint was written, and tell of an upload that has failed."""
         if event == "checkpoint":
-            self.try_upload()
-        elif event == "failed":
-            with self.bucket.trying(_ATTEMPTS_AT_THE_END):
-                self.try_upload()
+            with self._turn:
+                self._again = True
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._upload_behind, daemon=True)
+                    self._thread.start()
+        self._tell_of_failure()
 
     def note(self, text: str) -> None:
         """Do nothing: notes are among the events that are uploaded."""
 
     def try_upload(self) -> None:
         """Upload what changed; where the bucket cannot be had, say so, once, and leave it to the next time."""
-        try:
-            self.upload()
-        except (BucketError, OSError) as error:
-            if not self._told:
-                self._told = True
-                self.tell(
-                    f"{error}. The run goes on in {self.directory}; what the bucket lacks is uploaded with the next "
-                    "checkpoint, or at the end"
-                )
+        self._wait()
+        self._try()
+        self._tell_of_failure()
+
+    def stop(self) -> None:
+        """Upload what there is of a run that failed or was interrupted, without insisting: somebody waits."""
+        with self.bucket.trying(_ATTEMPTS_AT_THE_END):
+            self.try_upload()
 
     def finish(self) -> None:
         """Upload the rest of a finished run.
 
         Raises OutputError, saying where the run is and how to go on, where the bucket cannot be had.
         """
+        self._wait()
         try:
             self.upload()
-        except BucketError as error:
+        except (BucketError, OSError) as error:
             raise OutputError(
                 f"the run has finished, but {self.url} could not be written: {error}. Nothing is lost: all of it is in "
                 f"{self.directory}. When the bucket can be had again, `llmforge finetune --resume {self.directory}` "
@@ -166,22 +182,58 @@ class Mirror:
         self._marker.touch()
 
     def upload(self) -> None:
-        """Make the bucket hold what the local directory holds.
+        """Make the bucket hold what the local directory holds now.
 
-        Raises BucketError; what was there before is then still there, and still whole.
+        Raises BucketError or OSError; what was there before is then still there, and still whole.
         """
         there = self.bucket.entries()
-        here = _files(self.directory)
-        changed = [name for name in sorted(here, key=_turn) if not self._is_there(name, here[name], there)]
-        # A checkpoint that is written over with another content is none until it is whole again.
-        steps = {step[0] for name in changed if (step := _STEP.match(name)) and not name.endswith(f"/{STATE}")}
-        self.bucket.delete(f"{step}{STATE}" for step in sorted(steps) if f"{step}{STATE}" in there)
-        changed += [f"{step}{STATE}" for step in steps if f"{step}{STATE}" in here]
-        for name in sorted(set(changed), key=_turn):
-            path = here[name]
-            before = path.stat()
-            self._uploaded[name] = (before.st_size, before.st_mtime_ns, self.bucket.upload(path, name))
+        with _pinned(self.directory) as here:
+            changed = [name for name in sorted(here, key=_turn) if not self._is_there(name, here[name], there)]
+            # A checkpoint that is written over with another content is none until it is whole again.
+            steps = {step[0] for name in changed if (step := _STEP.match(name)) and not name.endswith(f"/{STATE}")}
+            self.bucket.delete(f"{step}{STATE}" for step in sorted(steps) if f"{step}{STATE}" in there)
+            changed += [f"{step}{STATE}" for step in steps if f"{step}{STATE}" in here]
+            for name in here.keys() - set(changed):
+                here[name].unlink()  # those that wait for their turn are all that takes space
+            for name in sorted(set(changed), key=_turn):
+                path = here[name]
+                before = path.stat()
+                self._uploaded[name] = (before.st_size, before.st_mtime_ns, self.bucket.upload(path, name))
+                path.unlink()
         self.bucket.delete(_superseded(here, there))
+
+    def _upload_behind(self) -> None:
+        """Upload as often as there is something new; what the thread does."""
+        while True:
+            with self._turn:
+                if not self._again:
+                    self._thread = None
+                    return
+                self._again = False
+            self._try()
+
+    def _wait(self) -> None:
+        """Wait until the thread has uploaded what it was asked to."""
+        thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _try(self) -> None:
+        try:
+            self.upload()
+        except (BucketError, OSError) as error:
+            with self._turn:
+                self._failure = error
+
+    def _tell_of_failure(self) -> None:
+        with self._turn:
+            error, self._failure = self._failure, None
+        if error is not None and not self._told:
+            self._told = True
+            self.tell(
+                f"{error}. The run goes on in {self.directory}; what the bucket lacks is uploaded with the next "
+                "checkpoint, or at the end"
+            )
 
     def _is_there(self, name: str, path: Path, there: Mapping[str, Entry]) -> bool:
         now = path.stat()
@@ -347,11 +399,76 @@ def _files(directory: Path) -> dict[str, Path]:
     }
 
 
-def _turn(name: str) -> tuple[int, int, str]:
-    """Say when it is a file's turn: what says that something is whole comes behind it."""
+@contextmanager
+def _pinned(directory: Path) -> Iterator[dict[str, Path]]:
+    """Give a run's files, by their names in the bucket, as they are now, whatever happens to the run inside the block.
+
+    They are hard links, where the file system has them; files that are appended to are copied.
+    """
+    place = directory / _PINNED
+    shutil.rmtree(place, ignore_errors=True)  # of a run that was killed
+    try:
+        for _ in range(_PINNING):
+            try:
+                here = _pin(directory, place)
+                break
+            except FileNotFoundError:
+                shutil.rmtree(place, ignore_errors=True)
+        else:
+            raise OSError(f"the files of {directory} change too fast to be uploaded")
+        yield here
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _pin(directory: Path, place: Path) -> dict[str, Path]:
+    """Link or copy a run's files to `place`. Raises FileNotFoundError where one is replaced or deleted meanwhile."""
+    here: dict[str, Path] = {}
+
+    def pin(names: Mapping[str, Path]) -> None:
+        folders = {path.parent: path.parent.stat() for path in names.values()}
+        for name, path in names.items():
+            here[name] = place / name
+            here[name].parent.mkdir(parents=True, exist_ok=True)
+            if not (name.startswith(_WHOLE) and _link(path, here[name])):
+                _copy_as_it_is(path, here[name])
+        if any(not os.path.samestat(before, folder.stat()) for folder, before in folders.items()):
+            raise FileNotFoundError(directory)
+
+    # Checkpoints before the events that led to them, and the artifact behind the event that says that it is there.
+    pin({name: path for name, path in _files(directory).items() if name.startswith(CHECKPOINTS)})
+    if (directory / EVENTS).is_file():
+        pin({EVENTS: directory / EVENTS})
+    pin({n: path for n, path in _files(directory).items() if n not in here and not n.startswith(CHECKPOINTS)})
+    return here
+
+
+def _link(path: Path, other: Path) -> bool:
+    try:
+        os.link(path, other)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        return False  # not on every file system
+    return True
+
+
+def _copy_as_it_is(path: Path, copy: Path) -> None:
+    """Copy a file to which something may be appended meanwhile: its size and the time of its change fit its content."""
+    before = path.stat()
+    with path.open("rb") as source, copy.open("wb") as target:
+        left = before.st_size
+        while left and (piece := source.read(min(left, 1 << 20))):
+            target.write(piece)
+            left -= len(piece)
+    os.utime(copy, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _turn(name: str) -> tuple[int, int, bool, str]:
+    """Say when it is a file's turn: what says that something is whole comes behind it. Checkpoints come one by one."""
     step = _STEP.match(name)
-    kind = 1 if name == EVENTS else 2 if name == RESOLVED else 3 if step and name.endswith(f"/{STATE}") else 0
-    return kind, int(step[1]) if step else -1, name
+    kind = 3 if step else 1 if name == EVENTS else 2 if name == RESOLVED else 0
+    return kind, int(step[1]) if step else -1, name.endswith(f"/{STATE}"), name
 
 
 def _whole(names: Iterable[str]) -> dict[int, str]:

@@ -1,6 +1,7 @@
 """Answers conversations on several devices: workers of Ray Data, each of which loads the model once."""
 
 import logging
+import os
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,8 +11,8 @@ import pyarrow as pa
 
 from llmforge.data.workers import portable
 from llmforge.errors import InputError, RunError
-from llmforge.jobs.cluster import connected, import_ray
 from llmforge.jobs.generate import Answerer, ConversationPlaceError, Work, note
+from llmforge.jobs.ray_cluster import connected, require_ray
 
 _SHARE = 4  # batches of a worker that travel together: its engine is never without work, and a lost one is soon redone
 _RETRIES = 3  # of a batch whose process or node died
@@ -25,12 +26,13 @@ def answers_on_ray(work: Work, conversations: Sequence[Any], num_devices: int) -
     Every node has to see the run at the same path, or in a bucket.
 
     Raises:
-        ConfigError: Ray is not installed.
-        InputError: the cluster has fewer devices.
+        InputError: Ray is not installed, no cluster answers, or it has fewer devices.
         RunError: a process died again and again.
     """
-    ray = import_ray()
-    with connected(ray, num_devices, note):
+    require_ray("--num-devices: several devices are processes of Ray Data")
+    import ray
+
+    with connected(note=note, cpus_of_own=max(num_devices, os.cpu_count() or 1)):
         there = ray.cluster_resources()
         kind = "GPU" if there.get("GPU") else "CPU"
         if there.get(kind, 0) < num_devices:

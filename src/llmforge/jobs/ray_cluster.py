@@ -4,25 +4,33 @@ Ray is imported here only when a cluster is asked for.
 """
 
 import importlib.util
-import logging
 import os
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from llmforge.errors import InputError
 
 SECONDS_TO_ANSWER = 10
 ADDRESS_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # Ray puts them above any argument
+TOKEN_FILE = Path("~/.ray/auth_token")  # where Ray keeps it
 START = "start one with `ray start --head`, or name one with --address or RAY_ADDRESS"
 
 
 @contextmanager
-def connected(address: str | None = None) -> Iterator[None]:
+def connected(
+    address: str | None = None, *, note: Callable[[str], None], cpus_of_own: int | None = None
+) -> Iterator[None]:
     """Make this process a driver on a Ray cluster: the one at `address`, in RAY_ADDRESS, or running on this machine.
 
-    A process that is connected already stays so.
+    A process that is connected already stays so. `note` hears where the dashboard is.
+
+    Args:
+        cpus_of_own: where no cluster is named and none runs here, start Ray on this machine with so many CPUs, and stop
+            it at the end.
 
     Raises:
         InputError: Ray is not installed, the address cannot be one of a cluster, or nothing answers there.
@@ -33,28 +41,48 @@ def connected(address: str | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    given = address or os.environ.get("RAY_ADDRESS") or "auto"
-    if "://" in given:
+    named = address or os.environ.get("RAY_ADDRESS")
+    place = named or _cluster_here() or ("auto" if cpus_of_own is None else "local")
+    if "://" in place:
         raise InputError(
-            f"{given} is an address for clients of a Ray cluster, and this command is to run on one of its machines; "
-            "add --job to submit it from here, or give the address of the cluster itself (host:6379)"
+            f"{place} is an address for clients of a Ray cluster, and this command is to run on one of its machines; "
+            "`llmforge anyscale finetune --job` submits it from here. Or give the address of the cluster itself "
+            "(host:6379)"
         )
-    require_answer(given)
+    require_answer(place)
+    options = {"num_cpus": cpus_of_own} if place == "local" else {}
     with ray_address(address):
         try:
-            ray.init(address=given, logging_level=logging.WARNING, log_to_driver=False)
+            context = ray.init(place, log_to_driver=False, logging_level="ERROR", **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise InputError(f"{_place(given)}: {_first_line(error)}; {START}") from error
+            where = "no Ray cluster" if place == "auto" else f"the Ray cluster at {place}"
+            raise InputError(
+                f"{where}: {_first_line(error)}; {START}. If it asks for a token, set RAY_AUTH_MODE=token and "
+                "RAY_AUTH_TOKEN"
+            ) from error
+    done = "started Ray on this machine" if place == "local" else "joined the Ray cluster"
+    dashboard = context.dashboard_url
+    note(f"{done}; its dashboard is http://{dashboard}" if dashboard else done)
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def require_ray() -> None:
-    """Raise InputError where Ray is not installed."""
+def require_ray(need: str = "this needs Ray", instead: str = "") -> None:
+    """Make Ray ready to be imported.
+
+    Where nothing is said of it, a cluster is shown the token that this user has for one: Ray has clusters ask for it as
+    soon as it exists, but does not show it to one that is named. Ray reads the environment when it is imported.
+
+    Raises:
+        InputError: it is not installed; says what needs it, and what to do instead.
+    """
     if importlib.util.find_spec("ray") is None:
-        raise InputError("this needs Ray, which is not installed; run `pip install 'llmforge[ray]'`")
+        raise InputError(f"{need}, which is not installed; run `pip install 'llmforge[ray]'`{instead}")
+    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if "ray" not in sys.modules and (given or TOKEN_FILE.expanduser().is_file()):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def require_answer(address: str) -> None:
@@ -89,8 +117,18 @@ def ray_address(address: str | None) -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def _place(address: str) -> str:
-    return "no Ray cluster" if address == "auto" else f"the Ray cluster at {address}"
+def _cluster_here() -> str | None:
+    """Give the address of the cluster that `ray start` started on this machine, if it still answers.
+
+    Ray's own "auto" also finds what any other program has started for itself.
+    """
+    file = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    try:
+        address = file.read_text(encoding="utf-8").strip()
+        require_answer(address)
+    except (OSError, InputError):  # it has ended, and its file is left
+        return None
+    return address
 
 
 def _first_line(error: Exception) -> str:

@@ -9,7 +9,6 @@ This module is imported by the processes that encode: it must not import torch.
 """
 
 import logging
-import math
 import os
 import pickle
 import secrets
@@ -37,6 +36,10 @@ FILES_READ_AT_ONCE = 2  # on the driver's node; in order, so more would only fil
 RETRIES = 3  # of a task whose process or node died
 SECONDS_TO_APPEAR = 10  # network file systems may hide a new file that long
 SECONDS_TO_PROBE = 120
+MINUTES_WITHOUT_PROGRESS = 30.0  # after which a cluster that stands still is given up: it would stand still for ever
+
+# What Ray Data raises then; older versions never do.
+_STANDSTILL: type[Exception] | tuple[()] = getattr(ray.data.exceptions, "ExecutionTimeoutError", ())
 
 # A row of WORK is a chunk to read (`number`), a whole file to read (no `number`), a block, or what went wrong with one.
 WORK = pa.schema({"file": pa.int32(), "number": pa.int64(), "block": pa.binary(), "failure": pa.binary()})
@@ -61,7 +64,7 @@ def encode_on_cluster(files: Sequence[str], maker: ShardMaker, workers: int | No
 
     Raises:
         OutputError: a node does not share the cache with this machine.
-        RunError: a process died again and again, or the cluster is gone.
+        RunError: a process died again and again, the cluster is gone, or nothing happens there.
     """
     files = [os.path.abspath(file) if is_local(file) else file for file in files]
     seen_by_all = _probe(maker.directory, [file for file in files if is_local(file)])
@@ -90,6 +93,12 @@ def encode_on_cluster(files: Sequence[str], maker: ShardMaker, workers: int | No
                 yield EncodedBlock(file, first, answer["digest"], shard)
     except ray.exceptions.RayError as error:
         raise _as_run_error(error) from error
+    except _STANDSTILL as error:
+        raise RunError(
+            f"the Ray cluster has encoded nothing for {MINUTES_WITHOUT_PROGRESS:g} minutes. Look at `ray status`: "
+            "something else may have all of its CPUs; and at its dashboard: a process may be stuck. What was done is "
+            "in the cache: the same command continues"
+        ) from error
 
 
 class _Encoder:
@@ -129,34 +138,35 @@ def _answers(
 ) -> Generator[dict[str, Any]]:
     """Run the encoders on all files and give what they say, in reading order."""
     work = [
-        {"file": file, "number": number}
+        {"file": file, "number": number, "block": None, "failure": None}
         for file, count in enumerate(chunks)
         for number in ([None] if count is None else range(count))
     ]
-    size = math.ceil(len(work) / MAX_TASKS)
-    tables = [pa.Table.from_pylist(work[start : start + size], WORK) for start in range(0, len(work), size)]
+    tasks = min(len(work), MAX_TASKS)
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of every step of its own
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = MINUTES_WITHOUT_PROGRESS * 60
     context.target_max_block_size = maker.block_bytes // 2 + 1  # so that each of our blocks is one of Ray's
     count = max(1, workers or int(ray.cluster_resources().get("CPU", 1)))
     if None not in chunks:
-        count = min(count, len(tables))
+        count = min(count, tasks)
     # Once, and held here: a process that is replaced needs it again.
     shared = ray.put((list(files), maker))
     with ray.data.DataContext.current(context), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # max_task_retries has no successor yet
-        dataset = ray.data.from_arrow(tables)
+        # Unlike from_arrow, it runs no task for each block, which needs a free CPU and waits for it without end.
+        dataset = ray.data.from_items(work, override_num_blocks=tasks)
         if None in chunks:
             dataset = dataset.map_batches(
                 _read,
                 batch_format="pyarrow",
                 batch_size=None,
                 fn_kwargs={"files": files, "block_bytes": maker.block_bytes},
-                compute=ray.data.TaskPoolStrategy(size=min(FILES_READ_AT_ONCE, len(tables))),
+                compute=ray.data.TaskPoolStrategy(size=min(FILES_READ_AT_ONCE, tasks)),
                 num_cpus=0,  # it waits for disks and networks, and must not wait for the encoders to leave a core
                 label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
             )

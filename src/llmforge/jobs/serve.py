@@ -65,6 +65,7 @@ def serve(
     if any(name is None for name, _ in named):
         raise InputError(f"given --adapter {' '.join(adapters)}; an adapter is given as NAME=PATH")
 
+    from llmforge.models.arithmetic import use_one_arena
     from llmforge.models.device import DTYPES
     from llmforge.serve.app import make_app
     from llmforge.serve.door import Settings
@@ -77,6 +78,7 @@ def serve(
     computing = next((each for each in ENGINES if each == engine), None)
     if computing is None:
         raise InputError(f"given --engine {engine}; engines are {', '.join(ENGINES)}")
+    use_one_arena()
     settings = Settings(api_keys=tuple(api_keys), request_timeout=request_timeout)
     models = Models(
         dynamic_lora_loading_path=dynamic_adapters,
@@ -129,7 +131,7 @@ def _find(given: str) -> "tuple[str, ModelSource, Loading]":
     if _is_plain(local):
         from llmforge.serve.models import Loading
 
-        return name or local.resolve().name, _plain(path), Loading()
+        return name or local.resolve().name.removesuffix(".gguf"), _plain(path), Loading()
     source, loading = find_served(path)
     if name is None:
         is_run = source.directory != local

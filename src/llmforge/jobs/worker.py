@@ -6,9 +6,10 @@ does the telling.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,22 @@ from llmforge.atomic import write_atomically
 from llmforge.errors import LlmforgeError
 
 FAILURE = ".failure.json"  # what a worker raised on purpose
-STOP = ".stop"  # while this file is there, the workers stop after their step
+STOP = (
+    ".stop"  # while this file is there, the workers stop after their step; it says why, if its user did not ask for it
+)
 
 
 @dataclass(frozen=True)
 class Orders:
-    """What a worker is told: where the run lies, and whether an unproven artifact may be published."""
+    """What a worker is told.
+
+    Where the run lies, for it and for a person; what is set otherwise than in the run's resolved config; whether an
+    unproven artifact may be published.
+    """
 
     run_dir: str
+    place: str
+    overrides: tuple[str, ...]
     allow_unproven: bool
 
     def as_dict(self) -> dict[str, Any]:
@@ -37,14 +46,22 @@ def work(settings: dict[str, Any]) -> None:
     Raises:
         LlmforgeError: what any run raises; it is in the run's directory, too.
     """
+    import ray
     from ray import train
 
+    from llmforge.jobs.notices import notice, watch_node
+
     context = train.get_context()
-    work_as(Orders(**settings), rank=context.get_world_rank(), local_rank=context.get_local_rank())
+    if context.get_local_rank() == 0:
+        watch_node(ray.get_runtime_context().get_node_id())
+    work_as(Orders(**settings), notice, rank=context.get_world_rank(), local_rank=context.get_local_rank())
 
 
-def work_as(orders: Orders, *, rank: int, local_rank: int) -> None:
-    """Train as the worker of this rank, in the process group that there is."""
+def work_as(orders: Orders, notice: Callable[[], str | None], *, rank: int, local_rank: int) -> None:
+    """Train as the worker of this rank, in the process group that there is.
+
+    `notice` gives the reason why this worker is to go, if it is: then all stop after their step.
+    """
     import torch
 
     from llmforge.jobs.finetune import train_as_worker
@@ -54,7 +71,14 @@ def work_as(orders: Orders, *, rank: int, local_rank: int) -> None:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     directory = Path(orders.run_dir)
     try:
-        train_as_worker(directory, rank=rank, allow_unproven=orders.allow_unproven, interruptions=asked_to_stop)
+        train_as_worker(
+            directory,
+            rank=rank,
+            place=orders.place,
+            overrides=orders.overrides,
+            allow_unproven=orders.allow_unproven,
+            interruptions=partial(asked_to_stop, notice),
+        )
     except LlmforgeError as error:
         failure = {"kind": type(error).__name__, "message": str(error), "worker": rank}
         write_atomically(directory / FAILURE, json.dumps(failure))
@@ -62,6 +86,14 @@ def work_as(orders: Orders, *, rank: int, local_rank: int) -> None:
 
 
 @contextmanager
-def asked_to_stop(directory: Path) -> Iterator[Any]:
-    """Give a question whether the run is to stop: signals reach the program that started the workers, not them."""
-    yield (directory / STOP).exists
+def asked_to_stop(notice: Callable[[], str | None], directory: Path) -> Iterator[Callable[[], bool]]:
+    """Give a question whether the run is to stop, because its user asked for it or this worker got a notice."""
+    stop = directory / STOP
+
+    def asked() -> bool:
+        reason = notice()
+        if reason is not None and not stop.exists():
+            write_atomically(stop, reason)
+        return stop.exists()
+
+    yield asked

@@ -91,6 +91,17 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_threshold, 2**31 - 1) and mallopt(trim_threshold, -1))  # the largest int; never
 
 
+def use_one_arena() -> bool:
+    """Tell glibc's allocator to serve all threads from one pool; return whether there is one to tell.
+
+    By default up to eight per core grow side by side, and what one of a server's threads frees, the others cannot use.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    arena_max = -8  # M_ARENA_MAX of malloc.h
+    return bool(ctypes.CDLL(None).mallopt(arena_max, 1))
+
+
 def give_back_memory() -> None:
     """Give what `keep_freed_memory` kept back to the system: what comes next asks for other blocks."""
     if platform.libc_ver()[0] == "glibc":

@@ -168,11 +168,15 @@ class _Newest:
 
 @dataclass(frozen=True)
 class Step:
-    """What a forward pass computes: the groups of newest tokens come first, then the stretches."""
+    """What a forward pass computes: the groups of newest tokens come first, then the stretches.
+
+    `precision` is how fp32 matrices are multiplied outside of attention: inside, oneDNN would copy what lies apart.
+    """
 
     newest: Sequence[_Newest]
     stretches: Sequence[Stretch]
     position_ids: torch.Tensor  # N × 1
+    precision: str
     _hidden: dict[Any, list[torch.Tensor | None]] = field(default_factory=dict)
 
     @classmethod
@@ -182,6 +186,7 @@ class Step:
         reading: Sequence[tuple[Conversation, int]],
         device: torch.device,
         pads: int,
+        precision: str,
     ) -> "Step":
         """Lay out a step.
 
@@ -189,6 +194,7 @@ class Step:
             growing: conversations that get one more token each, in the order of `arranged`.
             reading: conversations with so many more tokens of their prompts each.
             pads: places at the end that belong to nobody.
+            precision: of fp32 products outside of attention, as PyTorch names it.
         """
         newest, start = [], 0
         positions: list[torch.Tensor] = []
@@ -211,7 +217,7 @@ class Step:
             positions.append(torch.arange(begin, begin + tokens, device=device))
             start += tokens
         positions.append(torch.zeros(pads, dtype=torch.int64, device=device))
-        return cls(newest, stretches, torch.cat(positions)[:, None])
+        return cls(newest, stretches, torch.cat(positions)[:, None], precision)
 
     def hidden(self, sees: MaskFunction | None) -> list[torch.Tensor | None]:
         """Say, for each group of newest tokens, what its queries do not see: added to scores, (R, 1, 1, L) or None.
@@ -309,6 +315,8 @@ def _attention(
     width = value.shape[-1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = query.new_zeros(len(query), 1, query.shape[1], width)
+    if step.precision != "highest":
+        torch.set_float32_matmul_precision("highest")
     for group, hidden in zip(step.newest, step.hidden(sees), strict=True):
         keys, values = group.slab.layer(module.layer_idx, key, value)  # type: ignore[arg-type]
         places = group.places
@@ -335,6 +343,8 @@ def _attention(
             scale,
             sees,
         ).transpose(0, 1)
+    if step.precision != "highest":
+        torch.set_float32_matmul_precision(step.precision)
     return output, None
 
 

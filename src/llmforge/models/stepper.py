@@ -68,6 +68,7 @@ class Together:
     def __init__(self, model: Any, head: Head | None, adapters: Adapters, device: torch.device, autocast: Autocast):
         self._model, self._head, self._adapters, self._device, self._autocast = model, head, adapters, device, autocast
         self._cache = Cache()
+        self._precision = torch.get_float32_matmul_precision() if device.type == "cpu" else "highest"
 
     @property
     def bytes_per_token(self) -> int:
@@ -91,7 +92,7 @@ class Together:
         names = [work[number].adapter for number in order for _ in work[number].tokens]
         pads = -len(tokens) % _PAD_TO if len(tokens) > _PADDED_FROM else 0
         lengths = [(conversation, len(work[of[id(conversation)]].tokens)) for conversation in reading]
-        step = Step.of(growing, lengths, self._device, pads)
+        step = Step.of(growing, lengths, self._device, pads, self._precision)
         ends, place = [0] * len(work), 0
         for number in order:
             place += len(work[number].tokens)

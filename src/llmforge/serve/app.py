@@ -7,14 +7,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from starlette.responses import PlainTextResponse, Response
 
-from llmforge import __version__
 from llmforge.data.rows import shown
-from llmforge.errors import ConversationError
+from llmforge.errors import ConversationError, InputError
 from llmforge.prompt import PromptFormat
 from llmforge.prompt.encoder import own_bos
 from llmforge.serve.door import CLIENT_LEFT, Door, Settings, Traffic
@@ -45,6 +44,10 @@ from llmforge.serve.structured import json_grammar
 from llmforge.serve.token_texts import TokenTexts
 from llmforge.serve.tool_calls import ToolCallReader
 
+FINDERS = 64
+
+T = TypeVar("T")
+
 
 def make_app(models: Models, settings: Settings) -> FastAPI:
     """Make the application that serves `models`; `app.state.traffic` is a `Traffic`, by which it is drained."""
@@ -59,7 +62,7 @@ def make_app(models: Models, settings: Settings) -> FastAPI:
 
     app = FastAPI(
         title="llmforge",
-        version=__version__,
+        version="1",
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -143,15 +146,18 @@ class _Server:
         self._metrics = metrics
         # Long prompts take a while to encode. One thread, so that others wait their turn and the event loop does not.
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        # Enough of them that requests for adapters that are being loaded do not hold up the others.
+        self._finding = ThreadPoolExecutor(FINDERS, thread_name_prefix="find")
 
     def close(self) -> None:
-        """End the thread."""
-        self._encoding.shutdown(wait=False, cancel_futures=True)
+        """End the threads."""
+        for executor in (self._encoding, self._finding):
+            executor.shutdown(wait=False, cancel_futures=True)
 
     async def find(self, name: str | None) -> ServedModel:
         """Give a model by its name, loading it if it has to be; without a name, the only one that there is."""
         if name is not None:
-            return await asyncio.to_thread(self._models.get, name)
+            return await asyncio.get_running_loop().run_in_executor(self._finding, self._models.get, name)
         if self._models.default is None:
             names = ", ".join(model.name for model in self._models.all())
             raise ApiError(400, f"model is missing; name one of {names}", param="model")
@@ -165,7 +171,7 @@ class _Server:
         ids = await self._encode_chat(model, body.messages, body.tools, shown_tools, body.continue_final_message)
         given = body.given(len(model.encoder.tokenizer))
         if (schema := body.answer_schema()) is not None:
-            given["grammar"] = json_grammar(schema)
+            given["grammar"] = await self._in_thread(_grammar, schema, "tools" if body.must_call else "response_format")
         sampling = self._sampling(model, ids, body.limit, logprobs=body.wanted_logprobs, **given)
         texts = TokenTexts(model.encoder.tokenizer) if body.logprobs else None
         limit = 1 if body.parallel_tool_calls is False else None
@@ -228,8 +234,8 @@ class _Server:
         written = [tool.given for tool in shown_tools] if shown_tools else None
         return await self._in_thread(_encode_conversation, model, conversation, written, bool(continue_final_message))
 
-    async def _in_thread(self, encode: Callable[..., list[int]], *arguments: Any) -> list[int]:
-        return await asyncio.get_running_loop().run_in_executor(self._encoding, encode, *arguments)
+    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._encoding, function, *arguments)
 
     def _sampling(self, model: ServedModel, ids: Sequence[int], max_tokens: int | None, **given: Any) -> Sampling:
         """Complete a request's sampling; refuse a prompt that, with the answer asked for, is too long."""
@@ -337,6 +343,13 @@ def _seeded(sampling: Sampling, count: int) -> list[Sampling]:
 
 def _usage(asked: _Asked, answers: Sequence[Answer]) -> Usage:
     return Usage(sum(map(len, asked.prompts)), sum(answer.completion_tokens for answer in answers))
+
+
+def _grammar(schema: Mapping[str, Any], param: str) -> str:
+    try:
+        return json_grammar(schema)
+    except InputError as error:
+        raise ApiError(400, f"{param}: {error}", param=param, code="invalid_value") from error
 
 
 def _encode_conversation(

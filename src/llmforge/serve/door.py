@@ -1,6 +1,7 @@
 """What every request passes before anything reads it: key, drain, bounds, and the count of what is under way."""
 
 import asyncio
+import contextlib
 import hmac
 from dataclasses import dataclass, field
 
@@ -14,7 +15,11 @@ from llmforge.serve.openai import ApiError
 OPEN_PATHS = ("/health",)  # asked by load balancers, which have no key
 WATCHING_PATHS = ("/health", "/metrics")  # answered while draining, and not counted as under way
 RETRY_AFTER = 5  # seconds
+DISCARDED = 8  # times the largest body: how much of a larger one is read, so that its sender comes to read the answer
 CLIENT_LEFT = 499  # no client sees it; the status under which such requests are counted
+
+
+_CLOSE = {"Connection": "close"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,8 @@ class Door:
         counts = scope["path"] not in WATCHING_PATHS
         try:
             if refusal := self._refusal(scope):
+                if "Connection" in refusal.headers and not _waits_to_send(scope):
+                    await self._discard(receive)
                 await error_response(refusal)(scope, receive, counted)
                 return
             self._traffic.under_way += counts
@@ -105,7 +112,7 @@ class Door:
                 "the server is shutting down and takes no further requests",
                 type="server_error",
                 code="shutting_down",
-                headers={**retry, "Connection": "close"},
+                headers={**retry, **_CLOSE},
             )
         if self._traffic.under_way >= self._settings.max_requests and scope["path"] not in WATCHING_PATHS:
             return ApiError(
@@ -117,7 +124,7 @@ class Door:
             )
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length[:20]) > self._settings.max_body_bytes:
-            return ApiError(413, self._too_large(), code="body_too_large", headers={"Connection": "close"})
+            return ApiError(413, self._too_large(), code="body_too_large", headers=_CLOSE)
         return None
 
     def _has_key(self, authorization: bytes) -> bool:
@@ -139,14 +146,36 @@ class Door:
                     message = await receive()
             except TimeoutError:
                 seconds = f"{self._settings.stall_timeout:g}"
-                raise HTTPException(408, f"the body did not come within {seconds} seconds") from None
+                raise HTTPException(408, f"the body did not come within {seconds} seconds", headers=_CLOSE) from None
             size += len(message.get("body", b""))
             is_whole = not message.get("more_body", False)
             if size > self._settings.max_body_bytes:
-                raise HTTPException(413, self._too_large())
+                if not is_whole:
+                    await self._discard(receive)
+                raise HTTPException(413, self._too_large(), headers=_CLOSE)
             return message
 
         return bounded
 
+    async def _discard(self, receive: Receive) -> None:
+        """Read the rest of a body and keep nothing of it, within bounds.
+
+        Most clients send all of a body before they look for an answer; one that comes with the end of the connection
+        while they still send is lost to them.
+        """
+        left = DISCARDED * self._settings.max_body_bytes
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.stall_timeout):
+                while left > 0:
+                    message = await receive()
+                    if not message.get("more_body", False):
+                        return
+                    left -= len(message["body"])
+
     def _too_large(self) -> str:
         return f"the body is larger than {self._settings.max_body_bytes:,} bytes, the most that this server reads"
+
+
+def _waits_to_send(scope: Scope) -> bool:
+    """Say whether a client sends its body only if it is asked to, as curl does with large ones."""
+    return any(name == b"expect" and value.lower() == b"100-continue" for name, value in scope["headers"])

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def prepare_run(
     loaded = _with_stock_format(loaded)
     config = loaded.config
     relative_to = loaded.path.parent
+    deepspeed = _deepspeed_config(loaded)
     files = find_files(config.train_path, relative_to)
     valid_files = None if config.valid_path is None else find_files(config.valid_path, relative_to)
 
@@ -174,7 +176,7 @@ def prepare_run(
     plan = StepPlan(train.dataset.lengths, micro_batch, accumulation * config.num_devices, config.seed)
     derived["num_epochs"] = derive.num_epochs(config.min_update_steps, plan.steps_per_epoch)
     total_steps = plan.steps_per_epoch * (config.num_epochs or derived["num_epochs"].value)
-    located = _located(config, relative_to, files, valid_files, source, weights_source, adapter, cache_dir)
+    located = _located(config, deepspeed, files, valid_files, source, weights_source, adapter, cache_dir)
     resolved = resolve(loaded, derived, located)
 
     if config.task is None and _has_assistant_turns(files, layout):
@@ -390,7 +392,7 @@ def _check_context_length(loaded: LoadedConfig, facts: ModelFacts) -> None:
 
 def _located(
     config: FineTuningConfig,
-    relative_to: Path,
+    deepspeed: Path | None,
     files: list[str],
     valid_files: list[str] | None,
     source: ModelSource,
@@ -406,8 +408,8 @@ def _located(
     }
     if config.cache_dir is not None:
         located["cache_dir"] = str(cache_dir)
-    if config.deepspeed is not None:
-        located["deepspeed"] = {"config_path": str(_deepspeed_config(config.deepspeed.config_path, relative_to))}
+    if deepspeed is not None:
+        located["deepspeed"] = {"config_path": str(deepspeed)}
     if source.is_local and source.url is None:
         located["model_id"] = str(source.path)
     if config.initial_base_model_ckpt_path is not None and weights_source.is_local and weights_source.url is None:
@@ -418,12 +420,24 @@ def _located(
     return located
 
 
-def _deepspeed_config(given: str, relative_to: Path) -> Path:
+def _deepspeed_config(loaded: LoadedConfig) -> Path | None:
     """Find and check DeepSpeed's JSON, relative to the config file or to the working directory."""
     from llmforge.train.backends.zero import read_config
 
-    candidates = [(base / Path(given).expanduser()).resolve() for base in (relative_to, Path.cwd())]
-    path = next((path for path in candidates if path.is_file()), candidates[0])
+    if loaded.config.deepspeed is None:
+        return None
+    without = "remove deepspeed (--set deepspeed=null): llmforge then shares the work out itself"
+    if find_spec("deepspeed") is None:
+        raise loaded.error(
+            "deepspeed", f"this package is not installed; `pip install 'llmforge[deepspeed]'`, or {without}"
+        )
+    given, places = Path(loaded.config.deepspeed.config_path).expanduser(), (loaded.path.parent, Path.cwd())
+    path = next((path for place in places if (path := (place / given).resolve()).is_file()), None)
+    if path is None:
+        where = " or ".join(dict.fromkeys(str(place.resolve()) for place in places))
+        raise loaded.error(
+            "deepspeed.config_path", f"given {given}, and there is no such file in {where}; put it there, or {without}"
+        )
     read_config(path)
     return path
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from llmforge.atomic import write_atomically
+from llmforge.bucket import bucket_url
 from llmforge.checkpoint import (
     Checkpoint,
     best_sound,
@@ -98,7 +99,10 @@ def check_model(preparation: Preparation) -> int:
         if preparation.adapter is not None:
             check_continuation(skeleton, preparation.adapter)
         artifact = state_bytes(skeleton, 0)
-    return artifact + state_bytes(skeleton) * most_on_disk(config.checkpoint.num_checkpoints_to_keep)
+    kept = most_on_disk(config.checkpoint.num_checkpoints_to_keep)
+    if bucket_url(config.output.output_dir):
+        kept += 1  # while it is uploaded, it stays even where it is superseded
+    return artifact + state_bytes(skeleton) * kept
 
 
 def run(

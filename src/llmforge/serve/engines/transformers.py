@@ -29,7 +29,7 @@ from llmforge.serve.sampling import Sampler
 from llmforge.serve.structured import Grammars
 
 MAX_BATCH, MAX_WAITING = 16, 256
-_READ_AT_ONCE = {"cpu": 256, "cuda": 2048}  # tokens of prompts in a step
+_READ_AT_ONCE = {"cpu": 512, "cuda": 2048}  # tokens of prompts in a step
 _CACHE_SHARE = 0.6  # of the memory that is free once the model is loaded
 _UNLIMITED = 1 << 20  # tokens of context, of a model that has no limit
 
