@@ -40,11 +40,13 @@ from faulty_store import (
 from llmforge import bucket
 from llmforge.bucket import BucketDirectory, bucket_url, copy_to_cache, origin_of_copy
 from llmforge.config import load_config
+from llmforge.config.serve_config import load_serve_config
 from llmforge.errors import BucketError, InputError, ModelError, OutputError
 from llmforge.jobs import finetune as jobs
 from llmforge.jobs.events import read_events
 from llmforge.jobs.mirror import Mirror
 from llmforge.jobs.run import load_run
+from llmforge.jobs.serve import find_configured
 from llmforge.models.source import ModelSource, find_model
 from llmforge.serve.models import Loading, Models, UnknownModelError
 from llmforge.serve.offline import stream
@@ -82,6 +84,18 @@ def put_tree(store: FaultyStore, prefix: str, directory: Path) -> str:
     for name, content in tree(directory).items():
         store.put(f"{prefix}/{name}", content)
     return f"{store.bucket}/{prefix}"
+
+
+@both
+def test_a_plain_model_in_a_bucket_is_served_by_its_mirror(store: FaultyStore, model_dir: Path, tmp_path: Path) -> None:
+    url = put_tree(store, "plain/tiny", model_dir)
+    (tmp_path / "serve.yaml").write_text(
+        f"model_loading_config: {{model_id: tiny, model_source: {{bucket_uri: {url}}}}}", encoding="utf-8"
+    )
+    (config,) = load_serve_config(tmp_path / "serve.yaml")
+    source, _, _ = find_configured(config, "transformers")
+    assert source.url == url
+    assert (source.directory / "model.safetensors").read_bytes() == (model_dir / "model.safetensors").read_bytes()
 
 
 # --- adapters on demand ---------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from llmforge.config import load_config
+from llmforge.config.serve_config import load_serve_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -25,6 +26,10 @@ def blocks(language: str) -> list:
 @pytest.mark.parametrize("text", blocks("yaml"))
 def test_yaml_blocks_are_valid_configs(text, tmp_path):
     keys = yaml.safe_load(text)
+    if keys.keys() & {"engine_config", "model_loading_config", "applications"}:
+        (tmp_path / "serve.yaml").write_text(text, encoding="utf-8")
+        assert load_serve_config(tmp_path / "serve.yaml")[0].name == "my-model"
+        return
     missing = "".join(f"{key}: {value}\n" for key, value in MINIMAL.items() if key not in keys)
     config = tmp_path / "config.yaml"
     config.write_text(missing + text, encoding="utf-8")

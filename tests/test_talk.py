@@ -205,7 +205,7 @@ def test_several_devices_give_the_same_file(
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     expected = answer(run, asked, tmp_path / "one.jsonl")
-    with connected(ray_cluster["address"]):
+    with connected(ray_cluster["address"], note=print):
         assert answer(run, asked, tmp_path / "two.jsonl", num_devices=2) == expected
         with pytest.raises(InputError, match="--num-devices: given 99; the cluster has 4 CPUs"):
             answer(run, asked, tmp_path / "many.jsonl", num_devices=99)

@@ -101,6 +101,7 @@ def train_in_float64(
         is_milestone=lambda step: False,
         milestone=lambda step: None,
         save=lambda step: None,
+        settle=lambda: None,
         interrupted=lambda: False,
     )
     if pack_tokens is None:

@@ -239,7 +239,8 @@ def _attempt(
     if error is None:
         return None
     meant = _meant(directory)
-    told = directory.path.joinpath(STOP).read_text(encoding="utf-8") if isinstance(meant, Interrupted) else ""
+    stop = directory.path / STOP
+    told = stop.read_text(encoding="utf-8") if isinstance(meant, Interrupted) and stop.is_file() else ""
     if meant is not None and (interrupted() or not told):
         raise meant
     return _Ending(error, told or _reason(error), bool(told))

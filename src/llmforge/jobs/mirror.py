@@ -351,9 +351,18 @@ def download_run(url: str) -> Path:
         if RESOLVED in entries:
             return _copy(run, entries) / ARTIFACT
     entries = directory.entries()
-    if CONFIG not in entries and "prompt_format.yaml" not in entries and "proof.json" not in entries:
+    if not _is_of_a_run(entries):
         raise InputError(f"{url} holds neither a run nor an artifact; give the place of one")
     return _copy(directory, entries)
+
+
+def holds_run(url: str) -> bool:
+    """Say whether a place in a bucket is a run or an artifact. Raises BucketError when the bucket cannot be read."""
+    return _is_of_a_run(BucketDirectory(url).entries())
+
+
+def _is_of_a_run(entries: Mapping[str, Entry]) -> bool:
+    return any(name in entries for name in (CONFIG, "prompt_format.yaml", "proof.json"))
 
 
 def _copy(directory: BucketDirectory, entries: Mapping[str, Entry]) -> Path:

@@ -9,8 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmforge.bucket import bucket_url
 from llmforge.config.serve_config import ServedConfig, load_serve_config
 from llmforge.errors import ConfigError, InputError
+from llmforge.jobs.mirror import holds_run
 from llmforge.jobs.run import find_artifact, find_served, load_run, local_directory
 from llmforge.jobs.run_directory import RunDirectory
 
@@ -75,10 +77,17 @@ def serve(
     chosen = None if dtype is None else next((each for each in DTYPES if each == dtype), None)
     if dtype is not None and chosen is None:
         raise InputError(f"given --dtype {dtype}; number formats are {', '.join(DTYPES)}")
+<<<<<<< HEAD
     use_one_arena()
     computing = next((each for each in ENGINES if each == engine), None)
     if computing is None:
         raise InputError(f"given --engine {engine}; engines are {', '.join(ENGINES)}")
+=======
+    computing = next((each for each in ENGINES if each == engine), None)
+    if computing is None:
+        raise InputError(f"given --engine {engine}; engines are {', '.join(ENGINES)}")
+    use_one_arena()
+>>>>>>> 3725b1c33b34ab3dae08b273dd0980d92cfe272f
     settings = Settings(api_keys=tuple(api_keys), request_timeout=request_timeout)
     models = Models(
         dynamic_lora_loading_path=dynamic_adapters,
@@ -128,11 +137,20 @@ def _named(given: str) -> tuple[str | None, str]:
 def _find(given: str) -> "tuple[str, ModelSource, Loading]":
     """Find a model's files, its name, and how it is to be loaded: of a run, an artifact or a plain model."""
     name, path = _named(given)
+<<<<<<< HEAD
     local = local_directory(path)
     if _is_plain(local):
         from llmforge.serve.models import Loading
 
         return name or local.resolve().name.removesuffix(".gguf"), _plain(path), Loading()
+=======
+    if _is_plain(path):
+        from llmforge.serve.models import Loading
+
+        place = path if bucket_url(path) else str(Path(path).resolve())
+        return name or place.rstrip("/").rpartition("/")[2].removesuffix(".gguf"), _plain(path), Loading()
+    local = local_directory(path)
+>>>>>>> 3725b1c33b34ab3dae08b273dd0980d92cfe272f
     source, loading = find_served(path)
     if name is None:
         is_run = source.directory != local
@@ -140,7 +158,12 @@ def _find(given: str) -> "tuple[str, ModelSource, Loading]":
     return name, source, loading
 
 
-def _is_plain(local: Path) -> bool:
+def _is_plain(path: str) -> bool:
+    """Say whether a path means a model that no run left: a directory, a GGUF file, a place in a bucket, a hub id."""
+    url = bucket_url(path)
+    if url is not None:
+        return not holds_run(url)
+    local = Path(path)
     if (local / "prompt_format.yaml").is_file():
         return False
     return not local.is_dir() or any((local / file).is_file() for file in ("config.json", "adapter_config.json"))
@@ -166,7 +189,7 @@ def find_configured(config: ServedConfig, engine: str) -> "tuple[ModelSource, Lo
 
     path = _beside(config.file, config.model)
     loading = Loading()
-    if _is_plain(local_directory(path)):
+    if _is_plain(path):
         source = _plain(path, revision=config.revision, trust_remote_code=config.trust_remote_code)
     else:
         source, loading = find_served(path)
