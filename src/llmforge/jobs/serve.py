@@ -77,17 +77,10 @@ def serve(
     chosen = None if dtype is None else next((each for each in DTYPES if each == dtype), None)
     if dtype is not None and chosen is None:
         raise InputError(f"given --dtype {dtype}; number formats are {', '.join(DTYPES)}")
-<<<<<<< HEAD
-    use_one_arena()
-    computing = next((each for each in ENGINES if each == engine), None)
-    if computing is None:
-        raise InputError(f"given --engine {engine}; engines are {', '.join(ENGINES)}")
-=======
     computing = next((each for each in ENGINES if each == engine), None)
     if computing is None:
         raise InputError(f"given --engine {engine}; engines are {', '.join(ENGINES)}")
     use_one_arena()
->>>>>>> 3725b1c33b34ab3dae08b273dd0980d92cfe272f
     settings = Settings(api_keys=tuple(api_keys), request_timeout=request_timeout)
     models = Models(
         dynamic_lora_loading_path=dynamic_adapters,
@@ -137,20 +130,12 @@ def _named(given: str) -> tuple[str | None, str]:
 def _find(given: str) -> "tuple[str, ModelSource, Loading]":
     """Find a model's files, its name, and how it is to be loaded: of a run, an artifact or a plain model."""
     name, path = _named(given)
-<<<<<<< HEAD
-    local = local_directory(path)
-    if _is_plain(local):
-        from llmforge.serve.models import Loading
-
-        return name or local.resolve().name.removesuffix(".gguf"), _plain(path), Loading()
-=======
     if _is_plain(path):
         from llmforge.serve.models import Loading
 
         place = path if bucket_url(path) else str(Path(path).resolve())
         return name or place.rstrip("/").rpartition("/")[2].removesuffix(".gguf"), _plain(path), Loading()
     local = local_directory(path)
->>>>>>> 3725b1c33b34ab3dae08b273dd0980d92cfe272f
     source, loading = find_served(path)
     if name is None:
         is_run = source.directory != local
