@@ -3,7 +3,7 @@
     PYTHONPATH=tests python benchmarks/slow_bucket.py --seconds 0.5
 
 The bucket is that of the tests (moto's server behind a proxy), and each of its answers comes `--seconds` late. The
-model is a Llama of 5 million parameters, all of them trained, so that a checkpoint has 60 MB.
+model is a Llama of a million parameters, all of them trained, so that a checkpoint has 15 MB.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from llmforge.jobs.finetune import finetune
 from tiny_runs import Listener, write_config
 
 STEPS_PER_CHECKPOINT = 20
-BATCH = 64
+BATCH = 16
 
 
 class Clock(Listener):
@@ -56,8 +56,8 @@ def main() -> None:
         model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=len(tokenizer),
-                hidden_size=256,
-                intermediate_size=688,
+                hidden_size=128,
+                intermediate_size=344,
                 num_hidden_layers=6,
                 num_attention_heads=4,
                 tie_word_embeddings=True,

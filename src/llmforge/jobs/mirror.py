@@ -213,8 +213,10 @@ class Mirror:
             self._try()
 
     def _wait(self) -> None:
-        """Wait until the thread has uploaded what it was asked to."""
-        thread = self._thread
+        """Wait until the thread is done with the upload that it is at; who waits makes the next one."""
+        with self._turn:
+            self._again = False
+            thread = self._thread
         if thread is not None:
             thread.join()
 
