@@ -57,13 +57,6 @@ class Hosts:
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
-    def drain(self, host: str) -> None:
-        """Have Ray take a host's node away, as a cloud does that wants its machine back in a minute."""
-        why = ("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=wanted", "--deadline-remaining-seconds=60")
-        ray = (sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={HEAD}:{PORT}")
-        done = self.run(host, *ray, *why)
-        assert done.returncode == 0, done.stdout + done.stderr
-
     def cut(self, *, cable: bool) -> None:
         """Cut the cable between the hosts, or put it back."""
         state = "down" if cable else "up"

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,8 @@ def test_python_m_llmforge_is_the_console_script_and_ctrl_c_exits_with_130(finis
         assert process.stdout is not None
         process.stdin.write("What does red mean?\n")
         process.stdin.flush()
-        process.stdout.readline()  # it is loaded, has answered, and waits
+        process.stdout.readline()  # it is loaded and answers
+        time.sleep(1)  # and waits: during an answer, ctrl-C ends only that
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130
