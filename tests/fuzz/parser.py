@@ -1,4 +1,6 @@
-"""Lets atheris look for bytes that bring down the reading of requests: `python -m fuzz.parser [libFuzzer's options]`.
+"""Lets atheris look for bytes that bring down the reading of requests.
+
+    python -m fuzz.parser -dict=FILE [further options of libFuzzer's] CORPUS
 
 The first byte chooses the endpoint, the rest is the body. A scripted engine answers, so that reading is what costs.
 """
@@ -27,7 +29,7 @@ _ESCAPED = {ord('"'): '\\"', ord("\\"): "\\\\"}
 
 
 def write_corpus(directory: Path, words: Path) -> None:
-    """Write requests to begin with, and a libFuzzer dictionary of what they are made of."""
+    """Write requests to begin with, and what they are made of, as a dictionary of libFuzzer's."""
     tokens = {json.dumps(part) for _, body in SEEDS for place, key in places(body) for part in (key, place[key])}
     short = sorted(token for token in tokens if len(token) < 60)
     words.write_text("".join(f'"{token.translate(_ESCAPED)}"\n' for token in short))
@@ -52,6 +54,9 @@ def main() -> None:
         if fault := fault_of(*answered):
             raise AssertionError(f"{fault}: {answered}")
 
+    words = next((Path(word[6:]) for word in sys.argv if word.startswith("-dict=")), None)
+    if words is not None and not words.exists():
+        write_corpus(Path(sys.argv[-1]), words)
     atheris.Setup(sys.argv, test)
     atheris.Fuzz()
 
