@@ -81,6 +81,12 @@ def test_half_a_surrogate_pair_is_refused(driver: Driver, path: str) -> None:
     assert (status, "surrogate" in body["error"]["message"]) == (400, True)
 
 
+@pytest.mark.parametrize("content", [[{}, None], [{"type": None}, "x"], ["text"], [{"type": "text"}], [[]]])
+def test_parts_that_are_none_are_refused(driver: Driver, content: Any) -> None:
+    status, body = ask(driver, CHAT, json.dumps({"messages": [{"role": "user", "content": content}]}))
+    assert (status, body["error"]["param"]) == (400, "messages[0].content")
+
+
 @pytest.mark.parametrize("depth", [200, 940, 5000, 100_000])
 def test_values_that_are_nested_for_ever_are_refused(driver: Driver, depth: int) -> None:
     nested = '{"a": ' * depth + "0" + "}" * depth

@@ -68,6 +68,7 @@ def serving(directory: Path) -> Iterator[str]:
     """Serve a tiny model; give the URL. At the end the server has to shut down as it should, without a stack trace."""
     model = save_model(directory / "model", chat_template=REASONING_AND_TOOLS)
     command = [sys.executable, "-m", "llmforge", "serve", f"tiny={model}", "--port", "0", "--dtype", "fp32"]
+    command += ["--dynamic-adapters", str(directory)]
     log = directory / "log"
     with log.open("w") as file, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True) as server:
         try:

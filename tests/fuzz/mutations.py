@@ -82,7 +82,7 @@ _SCHEMAS: tuple[Any, ...] = (
 _OTHERS: tuple[Any, ...] = (
     None, True, False, [], {}, [[]], [{}], [None], {"": None}, {"type": "text", "text": "x"},
     [{"type": "text", "text": "x"}], [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}],
-    {"role": "user", "content": "x"}, [0], ["a"], [1, "a"],
+    {"role": "user", "content": "x"}, [0], ["a"], [1, "a"], [{}, None], [{"type": None}, []],
 )  # fmt: skip
 _DEEP = "something deep"  # is written as values in values in values
 _DEPTHS = (10, 150, 300, 600, 900, 950, 980)

@@ -82,9 +82,10 @@ def _join_parts(content: Any) -> Any:
     """Join the text parts of a message's content line by line, as vLLM does."""
     if not isinstance(content, list):
         return content
-    kinds = [part.get("type") if isinstance(part, dict) else type(part).__name__ for part in content]
-    if other := next((kind for kind in kinds if kind != "text"), None):
-        raise ValueError(f"parts of type text only; this model reads no {str(other)[:40]}")
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if not isinstance(part, dict) or kind != "text":
+            raise ValueError(f"parts of type text only; this model reads no {str(kind)[:40]}")
     texts = [part.get("text") for part in content]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("every part needs text")
