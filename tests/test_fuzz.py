@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
 from chat_templates import REASONING_AND_TOOLS
 from conftest import save_model
@@ -28,13 +30,18 @@ FIELDS = sorted({field for _, body in SEEDS for field in body})
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
     """A server of a tiny model, whose template knows tools."""
     directory = save_model(tmp_path_factory.mktemp("model"), chat_template=REASONING_AND_TOOLS)
     models = Models(cache_bytes=1 << 27)
     models.add("tiny", ModelSource("tiny", directory), Loading(dtype="fp32"))
-    yield Driver(make_app(models, Settings()))
+    yield make_app(models, Settings())
     models.close()
+
+
+@pytest.fixture(scope="module")
+def driver(app: FastAPI) -> Driver:
+    return Driver(app)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -46,6 +53,20 @@ def test_requests_with_something_changed(driver: Driver, seed: int) -> None:
         assert fault_of(*answer) is None, (fault_of(*answer), path, body, answer)
         statuses.add(answer[0])
     assert statuses >= {200, 400}
+
+
+def test_answers_are_as_the_schema_describes_them(app: FastAPI, driver: Driver) -> None:
+    schema = app.openapi()
+    seen = set()
+    for path, content in SEEDS:
+        for fields in ({"max_tokens": 3} if path in (CHAT, TEXT) else {}, {"no_such_field": 1}):
+            status, kind, text = driver.post(path, json.dumps({**content, **fields}).encode())
+            kind = kind.split(";")[0]
+            described = schema["paths"][path]["post"]["responses"][str(status)]["content"][kind]["schema"]
+            if kind == "application/json":
+                Draft202012Validator({**schema, **described}).validate(json.loads(text))
+            seen.add((path, status, kind))
+    assert len(seen) == 9
 
 
 @given(

@@ -194,7 +194,7 @@ def _listed(stop: Any) -> Any:
 
 
 Stop = Annotated[
-    list[Annotated[Text, Field(min_length=1)]],
+    list[Annotated[str, Field(min_length=1), AfterValidator(_checked_text)]],
     Field(max_length=MAX_STOPS),
     BeforeValidator(_listed, json_schema_input_type=str | list[str]),
 ]
