@@ -20,6 +20,7 @@ help:
 	@echo "make quickstart   fine-tune a real 135M model on the CPU and talk with it (some minutes)"
 	@echo "make test         run the tests"
 	@echo "make test-cluster run the tests that need a cluster: root, and Debian's slurmctld, slurmd, slurm-client, iproute2"
+	@echo "make fuzz         throw requests at the server that nobody would write (some minutes)"
 	@echo "make sweep        try every architecture of transformers, and write docs/models.md (some minutes)"
 	@echo "make bench        train the same rows with llmforge and with other programs (hours; see docs/benchmarks.md)"
 	@echo "make bench-gpu    the same on one CUDA GPU"
@@ -35,6 +36,10 @@ test: install-dev $(MODEL) install-tokenizers install-converter
 
 test-cluster: install-dev
 	$(RUN) -m pytest tests/test_cluster.py tests/test_slurm.py -rs
+
+fuzz: install-dev
+	$(PIP) install -e '.[fuzz]'
+	PYTHONPATH=tests:benchmarks $(RUN) -m fuzz $(FUZZ)
 
 sweep: install-dev
 	PYTHONPATH=tests $(RUN) -m sweep

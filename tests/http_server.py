@@ -19,6 +19,13 @@ def served(model: ServedModel, settings: Settings | None = None) -> Iterator[str
     """Serve a model; give the URL."""
     models = Models()
     models.put(model)
+    with all_served(models, settings) as url:
+        yield url
+
+
+@contextmanager
+def all_served(models: Models, settings: Settings | None = None) -> Iterator[str]:
+    """Serve models; give the URL."""
     config = uvicorn.Config(
         make_app(models, settings or Settings()), log_level="error", lifespan="on", timeout_graceful_shutdown=1
     )

@@ -221,7 +221,23 @@ def test_an_adapter_that_answers_is_not_dropped(many: tuple[Models, Path]) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["a9", "../a0", "a0/../../one", "/etc", "..", ".", "", "one:", "one:../a0", "a0\0", "two:a0", ".a0", "~"]
+    "name",
+    [
+        "a9",
+        "../a0",
+        "a0/../../one",
+        "/etc",
+        "..",
+        ".",
+        "",
+        "one:",
+        "one:../a0",
+        "a0\0",
+        "two:a0",
+        ".a0",
+        "~",
+        "a" * 300,
+    ],
 )
 def test_no_name_leads_out_of_the_directory(name: str, many: tuple[Models, Path]) -> None:
     models, directory = many

@@ -4,6 +4,7 @@ What the engine says is scripted, so that every answer, every count and every pl
 """
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -601,8 +602,12 @@ def test_who_sends_far_too_much_is_told_so(chunked: bool) -> None:
 
 def test_the_server_does_not_read_for_ever() -> None:
     with serving(chatml(), settings=Settings(max_body_bytes=2**20)) as server:
-        with raw_request(server.url, b"{", length=2**40) as connection, pytest.raises(OSError, match=r"reset|pipe"):
-            connection.sendall(b"x" * (30 * 2**20))  # it reads 8 MB, and some more fills the buffers
+        sent = 0
+        with raw_request(server.url, b"{", length=2**40) as connection, contextlib.suppress(OSError):
+            while sent < 100:
+                connection.sendall(b"x" * 2**20)
+                sent += 1
+        assert 8 <= sent < 30  # and what the buffers hold
         began = time.monotonic()
         with raw_request(server.url, b"", length=2**40, expect=True) as connection:
             assert connection.recv(1000).startswith(b"HTTP/1.1 413")  # asked before it sends: not a byte is needed

@@ -55,6 +55,7 @@ from llmforge.serve.token_texts import TokenTexts
 from llmforge.serve.tool_calls import ToolCallReader
 
 FINDERS = 64
+ADAPTER_WAIT = 30.0  # seconds that a request waits until one of the adapters that answer makes room for its own
 
 T = TypeVar("T")
 
@@ -168,7 +169,10 @@ class _Server:
     async def find(self, name: str | None) -> ServedModel:
         """Give a model by its name, loading it if it has to be; without a name, the only one that there is."""
         if name is not None:
-            return await asyncio.get_running_loop().run_in_executor(self._finding, self._models.get, name)
+            if (loaded := self._models.loaded(name)) is not None:
+                return loaded
+            deadline = time.monotonic() + ADAPTER_WAIT
+            return await asyncio.get_running_loop().run_in_executor(self._finding, self._models.get, name, deadline)
         if self._models.default is None:
             names = ", ".join(model.name for model in self._models.all())
             raise ApiError(400, f"model is missing; name one of {names}", param="model")

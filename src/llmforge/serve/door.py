@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llmforge.serve.failures import error_response
+from llmforge.serve.failures import as_api_error, error_response
 from llmforge.serve.metrics import Metrics
 from llmforge.serve.openai import ApiError
 
@@ -85,11 +85,13 @@ class Door:
             self._traffic.under_way += counts
             try:
                 await self._app(scope, self._bounded(receive), counted)
+            except Exception as error:
+                # To let it through would end the connection, and with it the request that comes next on it.
+                if status != CLIENT_LEFT:
+                    raise
+                await error_response(as_api_error(error))(scope, receive, counted)
             finally:
                 self._traffic.under_way -= counts
-        except Exception:
-            status = 500
-            raise
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(route, status).inc()

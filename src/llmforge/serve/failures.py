@@ -22,7 +22,7 @@ logger = logging.getLogger("llmforge.serve")
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Have an application answer every error in OpenAI's shape."""
+    """Have an application answer errors in OpenAI's shape; those that nobody expected are left to the door."""
 
     async def handle(request: Request, error: Exception) -> Response:
         if isinstance(error, RequestValidationError):
@@ -31,7 +31,7 @@ def install_handlers(app: FastAPI) -> None:
             return error_response(_http_error(request, error))
         return error_response(as_api_error(error))
 
-    for kind in (ApiError, LlmforgeError, TimeoutError, RequestValidationError, HTTPException, Exception):
+    for kind in (ApiError, LlmforgeError, TimeoutError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
 
 
@@ -49,6 +49,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), param="messages")
         case InputError():
             return ApiError(400, str(error))
+        case RecursionError():  # nothing but what a client sent is nested in itself
+            return ApiError(400, "values stand in values too deep to read", code="invalid_value")
         case TimeoutError():
             return ApiError(
                 504,

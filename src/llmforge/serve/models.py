@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
 MAX_ADAPTERS = 16
 _FORMAT = "prompt_format.yaml"
+_LOOK = 0.02  # seconds between two looks for an adapter that nobody uses
+_LONGEST_NAME = 255  # bytes, of a file
 _BUSY = 1.0  # seconds after which an adapter may be free again
 
 
@@ -173,27 +176,39 @@ class Models:
             shared = self._shared(source, base.loading)
             return self._serve(name, source.directory, model.encoder, model.stop, shared, None, model.defaults)
 
-    def get(self, name: str) -> ServedModel:
+    def loaded(self, name: str) -> ServedModel | None:
+        """Give the model of a name if it is there already; returns at once."""
+        with self._names:
+            return self._find(name)
+
+    def get(self, name: str, deadline: float = 0.0) -> ServedModel:
         """Give the model of a name; adapters are loaded on demand, from where `dynamic_lora_loading_path` says.
+
+        Args:
+            deadline: until when, in `time.monotonic`'s seconds, to wait for a place while all loaded adapters answer.
 
         Raises:
             UnknownModelError: there is none.
             OverloadedError: all adapters that may be loaded are answering.
             InputError: an adapter cannot be loaded.
         """
-        with self._names:
-            if (found := self._find(name)) is not None:
-                return found
+        if (found := self.loaded(name)) is not None:
+            return found
         base, adapter = self._split(name)
         with self._loading:
-            with self._names:  # somebody else may have loaded it meanwhile
-                if (found := self._find(name)) is not None:
-                    return found
+            if (found := self.loaded(name)) is not None:  # somebody else has loaded it meanwhile
+                return found
             directory = None if adapter is None else self._look_up(adapter)
             if directory is None:
                 raise UnknownModelError(self._unknown(name))
-            with self._names:
-                self._make_room()
+            while not self._makes_room():
+                if time.monotonic() >= deadline:
+                    raise OverloadedError(
+                        f"all {self._max_adapters} adapters that may be loaded at a time are answering; try again "
+                        "later",
+                        _BUSY,
+                    )
+                time.sleep(_LOOK)
             parts = self._adapter(directory, base)
             with self._names:
                 self._dynamic[name] = _Dynamic(self._serve(name, directory, *parts, is_dynamic=True))
@@ -241,16 +256,15 @@ class Models:
         dynamic.users.add(lent)
         return lent
 
-    def _make_room(self) -> None:
+    def _makes_room(self) -> bool:
         """Drop the adapters that nobody uses and that were not asked for longest, until one more may be loaded."""
-        while len(self._dynamic) >= self._max_adapters:
-            idle = next((name for name, dynamic in self._dynamic.items() if not dynamic.users), None)
-            if idle is None:
-                raise OverloadedError(
-                    f"all {self._max_adapters} adapters that may be loaded at a time are answering; try again later",
-                    _BUSY,
-                )
-            self.remove(idle)
+        with self._names:
+            while len(self._dynamic) >= self._max_adapters:
+                idle = next((name for name, dynamic in self._dynamic.items() if not dynamic.users), None)
+                if idle is None:
+                    return False
+                self.remove(idle)
+            return True
 
     def _unknown(self, name: str) -> str:
         names = ", ".join(model.name for model in self.all()) or "none"
@@ -442,6 +456,8 @@ class Models:
         """
         assert self._path is not None
         if not adapter or adapter.startswith(".") or any(c in adapter for c in "/\\\0") or not adapter.isprintable():
+            return None
+        if len(adapter.encode()) > _LONGEST_NAME:
             return None
         url = bucket_url(self._path)
         if url is None:

@@ -4,13 +4,14 @@ A field that this server does not honour is refused by name, so that nothing is 
 send and what changes no answer is listed in `_Request` and accepted.
 """
 
+import json
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from llmforge.data.conversation import checked_messages
 from llmforge.data.rows import BadRow
@@ -24,6 +25,8 @@ MAX_STOPS = 16
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
 LARGEST_SEED = 2**63 - 1
+
+T = TypeVar("T")
 
 
 class ApiError(Exception):
@@ -54,6 +57,22 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def _checked_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair, which is no character and cannot be encoded") from None
+    return text
+
+
+def _checked_json(value: T) -> T:
+    _checked_text(json.dumps(value, ensure_ascii=False))
+    return value
+
+
+Text = Annotated[str, AfterValidator(_checked_text)]
+
+
 class _Part(_Model):
     type: Literal["text"]
     text: str
@@ -63,9 +82,10 @@ def _join_parts(content: Any) -> Any:
     """Join the text parts of a message's content line by line, as vLLM does."""
     if not isinstance(content, list):
         return content
-    kinds = [part.get("type") if isinstance(part, dict) else type(part).__name__ for part in content]
-    if other := next((kind for kind in kinds if kind != "text"), None):
-        raise ValueError(f"parts of type text only; this model reads no {str(other)[:40]}")
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if not isinstance(part, dict) or kind != "text":
+            raise ValueError(f"parts of type text only; this model reads no {str(kind)[:40]}")
     texts = [part.get("text") for part in content]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("every part needs text")
@@ -80,12 +100,12 @@ class ChatMessage(_Model):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None
-    name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    thinking: str | None = None
+    name: Text | None = None
+    tool_calls: Annotated[list[dict[str, Any]], AfterValidator(_checked_json)] | None = None
+    tool_call_id: Text | None = None
+    reasoning_content: Text | None = None
+    reasoning: Text | None = None
+    thinking: Text | None = None
     # What clients send back of an answer, and what rows of training have: no part of a prompt.
     refusal: None = None
     audio: None = None
@@ -125,6 +145,8 @@ class Tool(BaseModel):
     @classmethod
     def _keep(cls, given: Any, check: Any) -> Self:
         tool = check(given)
+        if isinstance(given, dict):
+            _checked_json(given)
         tool._given = given
         return tool
 
@@ -172,7 +194,7 @@ def _listed(stop: Any) -> Any:
 
 
 Stop = Annotated[
-    list[Annotated[str, Field(min_length=1)]],
+    list[Annotated[str, Field(min_length=1), AfterValidator(_checked_text)]],
     Field(max_length=MAX_STOPS),
     BeforeValidator(_listed, json_schema_input_type=str | list[str]),
 ]
@@ -345,7 +367,7 @@ def _check_continuation(add_generation_prompt: bool | None, continue_final_messa
 class CompletionRequest(_Request):
     """`/v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Text | list[Text] | list[int] | list[list[int]]
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     best_of: int | None = Field(default=None, ge=1)
@@ -377,7 +399,7 @@ class TokenizeRequest(_Model):
     """`/tokenize`: either a `prompt`, as completions have it, or `messages`, as chat completions have them."""
 
     model: str | None = None
-    prompt: str | None = None
+    prompt: Text | None = None
     add_special_tokens: bool = True
     messages: list[ChatMessage] | None = None
     tools: list[Tool] | None = None

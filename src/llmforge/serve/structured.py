@@ -10,6 +10,8 @@ import torch
 from llmforge.errors import InputError
 
 _ANY_OBJECT = {"type": "object"}
+_LOWEST = -9 * 10**18  # llguidance overflows the stack, and takes the program with it, where a value must be lower
+_UPPER_BOUNDS = ("const", "enum", "maximum", "exclusiveMaximum")
 
 
 def json_grammar(schema: Mapping[str, Any] | None) -> str:
@@ -19,11 +21,25 @@ def json_grammar(schema: Mapping[str, Any] | None) -> str:
         InputError: it is no schema, has something that cannot be enforced, or llguidance is not installed.
     """
     matcher = _library()
+    _check_numbers(schema)
     grammar: str = matcher.grammar_from_json_schema(json.dumps(_ANY_OBJECT if schema is None else schema))
     problem = matcher.validate_grammar(grammar)
     if problem:
         raise InputError(f"the schema cannot be followed: {problem.splitlines()[0]}")
     return grammar
+
+
+def _check_numbers(schema: Any) -> None:
+    """Refuse values that have to be integers so low that llguidance does not survive them."""
+    inside = [(None, schema)]
+    while inside:
+        key, value = inside.pop()
+        if isinstance(value, dict):
+            inside += [(key if key in ("const", "enum") else name, each) for name, each in value.items()]
+        elif isinstance(value, list):
+            inside += [(key, each) for each in value]
+        elif isinstance(value, int | float) and value < _LOWEST and key in _UPPER_BOUNDS:
+            raise InputError(f"the schema cannot be followed: {key} is below {_LOWEST:.0e}, the lowest that it may be")
 
 
 class Grammars:

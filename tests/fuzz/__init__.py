@@ -1,0 +1,1 @@
+"""Requests that nobody would write, thrown at the server: `make fuzz`."""
