@@ -14,7 +14,7 @@ export LLMFORGE_TOKENIZERS ?= $(CURDIR)/$(CACHE)/tokenizers
 export LLMFORGE_REAL_MODEL ?= $(CURDIR)/$(MODEL)
 export LLMFORGE_CONVERTER ?= $(CURDIR)/$(CACHE)/llama-cpp
 
-.PHONY: help quickstart test test-cluster sweep bench bench-gpu kills check lint types contracts install install-dev install-model install-tokenizers install-converter clean
+.PHONY: help quickstart test test-cluster fuzz sweep bench bench-gpu kills check lint types contracts install install-dev install-model install-tokenizers install-converter clean
 
 help:
 	@echo "make quickstart   fine-tune a real 135M model on the CPU and talk with it (some minutes)"

@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more, and lose much on shared cores
+os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: two other processes that compute starve Ray's
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -309,6 +310,7 @@ def ray_cluster(tmp_path_factory):
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
     }
     program = [sys.executable, str(Path(__file__).with_name("ray_cluster.py")), str(file), str(session)]
     with contextlib.suppress(FileExistsError), open(directory / "ray.log", "x") as log:  # the first worker starts it

@@ -109,7 +109,7 @@ def trained(place: Path, model_dir: Path) -> Path:
         2,
         place / "meeting-2",
         [(path, place / name, None) for name, path in two.items()]
-        + [(path, place / f"{name}-cut", stop) for name, path in two.items() for stop in (3, 7, None)]
+        + [(path, place / f"{name}-cut", stop) for name, path in two.items() for stop in (7, None)]
         + [(padded, place / "padded", None)]
         + [(two[f"{backend}-full"], place / f"to-{backend}", None) for backend in BACKENDS]
         + [(two[f"{backend}-full"], place / f"from-{backend}", 6) for backend in BACKENDS],

@@ -75,6 +75,9 @@ def _start_here(ray: Any, cpus: int | None, note: Callable[[str], None], options
 
     Raises RunError.
     """
+    # Ray's own default is 15, the lowest priority but four: beside anything else that computes here, a run on two
+    # devices would be many times slower than on one, which needs no Ray.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         return ray.init("local", num_cpus=cpus, **options)
     except Exception as error:  # of no type of its own
