@@ -32,7 +32,7 @@ quickstart: install $(MODEL)
 	$(RUN) examples/safety/quickstart.py --model $(MODEL)
 
 test: install-dev $(MODEL) install-tokenizers install-converter
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 test-cluster: install-dev
 	$(RUN) -m pytest tests/test_cluster.py tests/test_slurm.py -rs

@@ -21,6 +21,18 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("llmforge", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("llmforge")
 
+# Files whose tests start many processes. They come first, on one worker, so that they neither compete with each other
+# nor are the last to end while the other worker has nothing to do.
+HEAVY = (
+    "test_ray",
+    "test_verify_resume",
+    "test_parallel",
+    "test_sweep",
+    "test_ray_rows",
+    "test_ray_jobs",
+    "test_cluster",
+)
+
 TEXT = (
     "The quick brown fox jumps over the lazy dog. What is the capital of France? The capital of France is Paris. "
     "You are a helpful assistant.\n\nHow many clips did she sell? 48/2 = 24. #### 72\n safe unsafe S1 S2 "
@@ -47,6 +59,11 @@ CHATML_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring the heavy files to the front."""
+    items.sort(key=lambda item: HEAVY.index(item.path.stem) if item.path.stem in HEAVY else len(HEAVY))
 
 
 def build_tokenizer(

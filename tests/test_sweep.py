@@ -11,15 +11,15 @@ import pytest
 from conftest import CHATML_TEMPLATE, build_tokenizer
 
 FAMILIES = {
-    "dense, rotary": ("llama", "qwen3", "gemma3_text", "gemma4", "olmo2", "phi3", "cohere", "glm4", "smollm3"),
-    "dense, learned or no positions": ("gpt2", "opt", "bart", "gpt_neo", "biogpt"),
-    "dense, ALiBi": ("bloom", "mpt"),
-    "multi-query": ("gpt_bigcode", "falcon"),
-    "an encoder as decoder": ("bert", "roberta"),
-    "experts": ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "phimoe", "llama4_text", "olmoe"),
-    "state space": ("mamba", "falcon_mamba", "mamba2"),
+    "dense, rotary": ("llama", "qwen3", "gemma3_text", "gemma4", "phi3", "cohere"),
+    "dense, learned or no positions": ("gpt2", "bart", "biogpt"),
+    "dense, ALiBi": ("bloom",),
+    "multi-query": ("falcon",),
+    "an encoder as decoder": ("bert",),
+    "experts": ("qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text"),
+    "state space": ("mamba", "mamba2"),
     "linear attention": ("rwkv", "minimax"),
-    "hybrid": ("jamba", "falcon_h1", "lfm2", "qwen3_next"),
+    "hybrid": ("jamba", "lfm2", "qwen3_next"),
 }
 PROGRAM = """
 import json, sys
