@@ -51,7 +51,7 @@ def expected(place: Path, model_dir: Path) -> Path:
     return place / "plain"
 
 
-def wait_for(condition: Callable[[], Any], process: Any, seconds: float = 120) -> Any:
+def wait_for(condition: Callable[[], Any], process: Any, seconds: float = 200) -> Any:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         found = condition()
@@ -96,7 +96,7 @@ def test_a_killed_worker_and_a_killed_driver_cost_steps_and_nothing_else(
     assert psutil.wait_procs(left, timeout=60)[1] == []  # they notice that their driver is gone
 
     resumed = start("finetune", "--resume", run_dir, "--json")
-    out, err = resumed.communicate(timeout=200)
+    out, err = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, err
     assert json.loads(out)["run_dir"] == str(run_dir)
     assert_same_result(run_dir, expected)
@@ -128,7 +128,7 @@ def test_a_worker_that_is_slow_told_to_go_or_hangs(place: Path, model_dir: Path,
     wait_for(lambda: steps_in(events) >= began + 3, process)
     last_worker().suspend()
 
-    _, err = process.communicate(timeout=200)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert_same_result(run_dir, expected)
     found = read_events(events)
@@ -148,7 +148,7 @@ def test_ctrl_c_stops_all_workers_after_a_step(place: Path, model_dir: Path, exp
     process = start("finetune", config)
     wait_for(lambda: steps_in(run_dir / "events.jsonl") >= 7, process)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=200)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert f"llmforge finetune --resume {run_dir}" in out + err
@@ -164,7 +164,7 @@ def test_what_a_worker_refuses_is_said_once_and_not_tried_again(place: Path, mod
         custom_model_tag="broken",
     )
     process = start("finetune", config)
-    _, err = process.communicate(timeout=200)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "Lower learning_rate" in err
     assert "Traceback" not in err

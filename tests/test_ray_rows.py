@@ -24,6 +24,7 @@ COLUMNS = ("row_file", "row_line", "sample_row", "sample_shard", "sample_index",
 @pytest.fixture(scope="module")
 def on_ray(ray_cluster):
     """Prepare as `run` does, with this process connected to the cluster."""
+    from llmforge.jobs import ray_rows
     from llmforge.jobs.ray_cluster import connected
     from llmforge.jobs.ray_rows import encode_on_cluster
 
@@ -32,6 +33,7 @@ def on_ray(ray_cluster):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setattr(ray_rows, "MINUTES_WITHOUT_PROGRESS", 3)  # so that a test that hangs says what it waits for
         with connected(ray_cluster["address"], note=print):
             yield prepare
 
@@ -118,8 +120,8 @@ def test_a_cluster_that_stands_still_is_given_up(tmp_path, on_ray, monkeypatch):
         pytest.skip("this Ray waits for ever")
     file = write_rows(tmp_path / "x.jsonl", rows_of_words(1000))
     group = ray.util.placement_group([{"CPU": ray.cluster_resources()["CPU"]}])  # all that there is
-    ray.get(group.ready(), timeout=60)
     try:
+        ray.get(group.ready(), timeout=150)  # until what the tests before had is free
         with monkeypatch.context() as patch:
             patch.setattr(ray_rows, "MINUTES_WITHOUT_PROGRESS", 0.05)
             with pytest.raises(RunError, match=r"has encoded nothing for 0\.05 minutes"):
