@@ -46,6 +46,7 @@ REQUESTS_PER_CLIENT, FEWEST_REQUESTS = 3, 8
 WARM_UP_TOKENS = 8
 CONTEXT = 512  # tokens of a prompt and its answer; where a server asks for it beforehand
 OVERHEAD = "overhead"
+ROUNDS = 6
 
 
 def main() -> None:
@@ -66,6 +67,7 @@ def main() -> None:
     if options.overhead:
         results[OVERHEAD] = _overhead(model, prompts[1], options)
         _write(results, path)
+        _render(results, path)
         return
     for key in options.servers:
         server = SERVERS[key]
@@ -239,39 +241,30 @@ def _counter(model: Path) -> Callable[[str], int]:
 
 
 def _overhead(model: Path, prompts: Sequence[chat.Prompt], options: argparse.Namespace) -> dict[str, Any]:
-    """Compare the time to the first token over HTTP with that of the engine in a process of its own.
-
-    The engine goes first, then the server, so that neither disturbs the other. The differences are per prompt.
-    """
+    """Compare the time to the first token over HTTP with that of the engine under it, in turns and in one process."""
     directory = CACHE / "runs" / f"first-token-{time.time():.0f}"
     directory.mkdir(parents=True)
     try:
         (directory / "prompts.json").write_text(json.dumps([prompt.messages for prompt in prompts]))
         done = subprocess.run(
-            [sys.executable, FIRST_TOKEN, model, directory / "prompts.json", str(options.max_tokens)],
+            [sys.executable, FIRST_TOKEN, model, directory / "prompts.json", str(ROUNDS)],
             env=_environment(options.threads, directory),
             capture_output=True,
             text=True,
         )
-        if done.returncode:
-            sys.exit(f"the engine fails: {last_error(done.stderr)}")
-        direct = json.loads(done.stdout.splitlines()[-1])
-        with _serving(SERVERS[OURS], model, prompts[0], options) as served:
-            answers = served.ask(prompts, 1, options.max_tokens)
-    except (NotInstalledError, NotPossibleError) as error:
-        sys.exit(str(error))
     finally:
         shutil.rmtree(directory)
-    failed = [answer.error for answer in answers if answer.error]
-    if failed:
-        sys.exit(f"the server fails: {failed[0]}")
-    served_seconds = [answer.pieces[0] - answer.began for answer in answers]
-    added = [there - here for there, here in zip(served_seconds, direct, strict=True)]
+    if done.returncode:
+        sys.exit(f"it fails: {last_error(done.stderr)}")
+    direct, served = (json.loads(line) for line in done.stdout.splitlines()[-2:])
+    added = [there - here for there, here in zip(served, direct, strict=True)]
+    low, middle, high = np.percentile(added, (25, 50, 75))
     return {
         "prompts": len(prompts),
+        "rounds": ROUNDS,
         "direct_seconds": statistics.median(direct),
-        "served_seconds": statistics.median(served_seconds),
-        "added_seconds": {"p50": statistics.median(added), "p95": float(np.percentile(added, 95))},
+        "served_seconds": statistics.median(served),
+        "added_seconds": {"p25": float(low), "p50": float(middle), "p75": float(high)},
     }
 
 
@@ -333,9 +326,9 @@ def _page(results: Mapping[str, Any]) -> Iterator[str]:
         added = " / ".join(f"{seconds * 1e3:.1f}" for seconds in over["added_seconds"].values())
         yield from ("", "## What HTTP adds to the first token", "")
         yield (
-            f"{over['prompts']} prompts, one client; medians: {over['direct_seconds'] * 1e3:.1f} ms from the engine in "
-            f"a process of its own, {over['served_seconds'] * 1e3:.1f} ms over HTTP; the difference per prompt, "
-            f"p50 / p95: {added} ms."
+            f"{over['prompts']} prompts, {over['rounds']} times each, one at a time, in turns: medians "
+            f"{over['direct_seconds'] * 1e3:.1f} ms from the engine, {over['served_seconds'] * 1e3:.1f} ms over HTTP; "
+            f"quartiles of the difference: {added} ms."
         )
     notes = [f"* {server['title']}: {server['note']}." for server in results["servers"].values() if server["note"]]
     if notes:

@@ -46,7 +46,8 @@ def ask(base: str, model: str, prompts: Sequence[Prompt], *, clients: int, max_t
 async def _ask(base: str, model: str, prompts: Sequence[Prompt], clients: int, max_tokens: int) -> list[Answer]:
     left = iter(prompts)
     timeout = aiohttp.ClientTimeout(total=LIMIT)
-    connector = aiohttp.TCPConnector(limit=0)
+    # A connection for each request: llama.cpp closes those that it has answered on, some while the next one is sent.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(base, timeout=timeout, connector=connector) as session:
 
         async def client(left: Iterator[Prompt]) -> list[Answer]:

