@@ -188,7 +188,7 @@ def test_ctrl_c_keeps_what_is_answered(run: Run, tmp_path: Path) -> None:
 def test_two_commands_do_not_answer_the_same_rows(run: Run, asked: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.jsonl"
     process = start("generate", run.run_dir, "--input", asked, "--output", target, "--max-new-tokens", 400)
-    while not partial(target):
+    while not any(file.stat().st_size for file in partial(target)):  # the file is locked before it is written to
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
     process.send_signal(signal.SIGSTOP)
