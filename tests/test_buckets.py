@@ -269,7 +269,7 @@ def test_workers_of_ray_and_a_bucket_that_fails_one_request_in_five(
     config = write_config(data_dir, model_dir, **keys, **places_in_bucket, cache_dir=None)
     first = child(partial(run_in, {**environment, "XDG_CACHE_HOME": str(places[0])}), config)
     staging = places[0] / "llmforge" / "staging" / "s3" / "bucket" / "ray" / "runs" / "run"
-    assert verified.wait(100)
+    assert verified.wait(200)
     workers = workers_of(first.pid)
     assert len(workers) == 2
     first.kill()
@@ -280,7 +280,7 @@ def test_workers_of_ray_and_a_bucket_that_fails_one_request_in_five(
     shutil.rmtree(places[0])
 
     second = child(partial(resume_in, {**environment, "XDG_CACHE_HOME": str(places[1])}), "s3://bucket/ray/runs/run")
-    second.join(200)
+    second.join(300)
     assert second.exitcode == 0
     assert not places[0].exists()  # the workers have moved, too
     run_dir = places[1] / staging.relative_to(places[0])
