@@ -13,10 +13,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, unquote, urlsplit
+
+from faulty_store import QuietServer
 
 COMMIT = "c0ffee" + "0" * 34
 STORED = (".safetensors", ".bin")  # files in the store
@@ -210,7 +212,7 @@ def fake_hub(models: Mapping[str, Path | Versions | Refusal], token: str | None 
             else:
                 super().write(content)
 
-    servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for handler in (Handler, Store)]
+    servers = [QuietServer(("127.0.0.1", 0), handler) for handler in (Handler, Store)]
     hub.url = f"http://127.0.0.1:{servers[0].server_port}"
     hub.store = f"http://localhost:{servers[1].server_port}"
     threads = [threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True) for server in servers]
