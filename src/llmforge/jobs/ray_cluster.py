@@ -75,8 +75,8 @@ def _start_here(ray: Any, cpus: int | None, note: Callable[[str], None], options
 
     Raises RunError.
     """
-    # Ray's own default is 15, the lowest priority but four: beside anything else that computes here, a run on two
-    # devices would be many times slower than on one, which needs no Ray.
+    # Ray's own default is 15: beside anything else that computes here, a run on two devices would get little of the
+    # processor, while one on a single device, which needs no Ray, gets its share.
     os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         return ray.init("local", num_cpus=cpus, **options)
