@@ -1,6 +1,6 @@
 """RMSNorm as one differentiable function: fewer passes over memory, and one saved tensor instead of four."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -29,6 +29,8 @@ class _FusedNorm(torch.nn.Module):
         # Some norms are given a gate too; and modules compute in fp32, from float64 as well.
         if arguments or options or x.dtype != self.weight.dtype or x.dtype == torch.float64:
             return super().forward(x, *arguments, **options)
+        if not torch.is_grad_enabled():
+            return _normalise(x, cast(torch.Tensor, self.weight), self.fused_eps)[0]
         return _RmsNorm.apply(x, self.weight, self.fused_eps)
 
 
@@ -37,10 +39,9 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y, scale = _normalise(x, weight_D, eps)
         ctx.save_for_backward(x, weight_D, scale)
-        return (wide * scale).to(x.dtype).mul_(weight_D)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -56,6 +57,13 @@ class _RmsNorm(torch.autograd.Function):
             share = (inner * wide).sum(-1, keepdim=True).mul_(scale.pow(3)).div_(-x.shape[-1])
             dx = inner.mul_(scale).addcmul_(wide, share).to(x.dtype)
         return dx, dweight_D, None
+
+
+def _normalise(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the result, and 1 / √(mean(x²) + eps)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * scale).to(x.dtype).mul_(weight_D), scale
 
 
 def _epsilon(module: torch.nn.Module) -> float | None:

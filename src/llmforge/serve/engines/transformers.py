@@ -17,9 +17,10 @@ import torch
 
 from llmforge.errors import InputError, LlmforgeError, ModelError
 from llmforge.models.adapters import Adapters
-from llmforge.models.arithmetic import choose_matmul, lay_out_weights
+from llmforge.models.arithmetic import choose_matmul
 from llmforge.models.cached_attention import capacity_for
 from llmforge.models.device import DTYPES, Dtype, autocast, best_dtype, find_device, free_memory
+from llmforge.models.few_rows import multiply_few_rows
 from llmforge.models.fused_norm import fuse_norms
 from llmforge.models.load import load_base_model, native_context_length
 from llmforge.models.source import ModelSource
@@ -105,8 +106,7 @@ class TransformersEngine:
         self._max_batch, self._max_waiting = max_batch, max_waiting
         choose_matmul(device)
         fuse_norms(model)
-        if device.type == "cpu":
-            lay_out_weights(model)
+        multiply_few_rows(model)
         self._adapters = Adapters(model)
         self._stepper, self.note = make_stepper(model, self._adapters, device, self._autocast)
         self._vocabulary = len(model.get_input_embeddings().weight)
