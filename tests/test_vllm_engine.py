@@ -25,6 +25,9 @@ needs_vllm = pytest.mark.skipif(
 )
 ASKED = [[{"role": "user", "content": f"the quick brown fox {number} jumps"}] for number in range(12)]
 SMALL = {"enforce_eager": True, "max_loras": 2, "max_lora_rank": 8}
+NO_SPACES = {
+    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}
+}  # a random model would write nothing else
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,7 @@ def adapters(base: Path) -> list[Path]:
 
 
 def load(base: Path, adapters: list[Path], engine: Any, **options: Any) -> Models:
-    models = Models(engine=engine, max_batch=8, max_waiting=16)
+    models = Models(engine=engine, max_batch=8, max_waiting=64)
     models.add("base", ModelSource(str(base), base), Loading(dtype="fp32", options=options))
     for directory in adapters:
         models.add_adapter(directory.name, directory)
@@ -70,7 +73,7 @@ def load(base: Path, adapters: list[Path], engine: Any, **options: Any) -> Model
 @pytest.fixture(scope="module")
 def vllm(base: Path, adapters: list[Path]) -> Iterator[Models]:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    models = load(base, adapters, "vllm", engine_kwargs=SMALL)
+    models = load(base, adapters, "vllm", engine_kwargs=SMALL | NO_SPACES)
     yield models
     models.close()
 
@@ -96,12 +99,34 @@ def test_both_engines_give_the_same_answers(vllm: Models, default: Models) -> No
     told: dict[str, list[list[int]]] = {}
     for which, models in (("vllm", vllm), ("default", default)):
         asked = [(models.get(name), prompt) for prompt in ASKED for name in names]  # so that a batch mixes adapters
-        answers = [model.answer(model.encode(prompt), model.sampling(max_tokens=20)) for model, prompt in asked[:24]]
+        answers = [model.answer(model.encode(prompt), model.sampling(max_tokens=20)) for model, prompt in asked]
         told[which] = [ids(list(answer)) for answer in answers]
     assert told["vllm"] == told["default"]
     first, second, third = told["vllm"][:3]
     assert first != second != third
-    assert sum(len(answer) for answer in told["vllm"]) > 200
+    assert sum(len(answer) for answer in told["vllm"]) > 300
+
+
+@needs_vllm
+def test_the_base_model_answers_alike_before_and_after_the_first_adapter(base: Path, adapters: list[Path]) -> None:
+    """On a CPU, vLLM would compute it with the adapter from then on; see `VllmEngine`."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    models = load(base, [], "vllm", engine_kwargs=SMALL)
+    try:
+        model = models.get("base")
+        encoded = model.encode(ASKED[0])
+        long = model.answer(encoded, model.sampling(max_tokens=150, ignore_stops=True))
+        pieces = iter(long)
+        first = ids([next(pieces)])
+        models.add_adapter("adapter0", adapters[0])
+        tuned = models.get("adapter0")
+        beside = [m.answer(encoded, m.sampling(max_tokens=150, ignore_stops=True)) for m in (tuned, model)]
+        before = first + ids(list(pieces))
+        other, after = (ids(list(answer)) for answer in beside)
+        assert len(before) == len(after) == 150
+        assert before == after != other
+    finally:
+        models.close()
 
 
 @needs_vllm

@@ -8,23 +8,30 @@ import asyncio
 import itertools
 import json
 import os
+import tempfile
 import threading
+import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
 from llmforge.errors import InputError, LlmforgeError, ModelError
 from llmforge.models.device import Dtype, best_dtype, find_device
 from llmforge.models.merge import servability
-from llmforge.models.source import ADAPTER_CONFIG, ModelSource
+from llmforge.models.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelSource
 from llmforge.serve.requests import FinishReason, Listener, OverloadedError, Request, Sampling, Token, Update
 
 MAX_LORA_RANK = 64
 ADAPTERS_AT_ONCE = 4  # in one batch
 _DTYPES: dict[Dtype, str] = {"fp32": "float32", "bf16": "bfloat16"}
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "cancelled"}
-_RETRY_AFTER, _SHUTDOWN = 1.0, 10.0  # seconds
+_RETRY_AFTER, _SHUTDOWN, _LOOK = 1.0, 10.0, 0.05  # seconds
+_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(eq=False)
@@ -102,6 +109,8 @@ class VllmEngine:
                 "says why. Where its reason is LoRA, which it is started with, set engine_kwargs: {enable_lora: false}"
             ) from error
         self.context_length: int = self._llm.model_config.max_model_len
+        self._base: Any = None  # what requests for the base model name as their adapter
+        self._zeros = tempfile.TemporaryDirectory(prefix="llmforge-")
 
     @classmethod
     def load(
@@ -150,9 +159,10 @@ class VllmEngine:
             raise InputError(
                 f"{sampling.logprobs} log-probabilities are asked for; this engine gives {self._max_logprobs} at most"
             )
-        adapter = None if request.adapter is None else self._adapters[request.adapter]
-        answer = _Answer(request, listener, self, self._params(request), adapter)
+        params = self._params(request)
         with self._lock:
+            adapter = self._base if request.adapter is None else self._adapters[request.adapter]
+            answer = _Answer(request, listener, self, params, adapter)
             if self._is_closing:
                 raise OverloadedError("the server is being stopped", retry_after=10.0)
             if len(self._answers) >= self._places:
@@ -185,14 +195,46 @@ class VllmEngine:
                 f"vLLM cannot serve the adapter in {directory}: {'; '.join(reasons)}. llmforge export --format merged "
                 "makes a whole model of it; --engine transformers serves it as it is"
             )
-        request = self._vllm.lora.request.LoRARequest(name, next(self._ids), str(directory))
         try:
-            self._wait(self._llm.add_lora(request))
+            if self._base is None and self._vllm.platforms.current_platform.is_cpu():
+                self._set_base_apart(directory)
+            self._adapters[name] = self._add(name, directory)
         except Exception as error:
             raise ModelError(
                 f"vLLM cannot load the adapter in {directory} ({type(error).__name__}: {error})"
             ) from error
-        self._adapters[name] = request
+
+    def _add(self, name: str, directory: Path) -> Any:
+        request = self._vllm.lora.request.LoRARequest(name, next(self._ids), str(directory))
+        self._wait(self._llm.add_lora(request))
+        return request
+
+    def _set_base_apart(self, adapter: Path) -> None:
+        """Have requests for the base model name an adapter too, one that adds zeros, before the first adapter comes.
+
+        On a CPU, vLLM computes a request without an adapter with the last one in memory where others in the batch have
+        one (https://github.com/vllm-project/vllm/pull/48421).
+        """
+        with safe_open(adapter / ADAPTER_WEIGHTS, "pt") as weights:
+            module = next(name for name in sorted(weights.keys()) if name.endswith(_A)).removesuffix(_A)
+            shapes = {name: weights.get_slice(name).get_shape() for name in (module + _A, module + _B)}
+        directory = Path(self._zeros.name)
+        config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": [module.rsplit(".", 1)[-1]]}
+        (directory / ADAPTER_CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        zeros = {
+            module + _A: torch.zeros(1, shapes[module + _A][1]),
+            module + _B: torch.zeros(shapes[module + _B][0], 1),
+        }
+        save_file(zeros, directory / ADAPTER_WEIGHTS)
+        base = self._add("zeros", directory)
+        with self._lock:
+            self._base = base
+        while self._has_bare_answers():
+            time.sleep(_LOOK)
+
+    def _has_bare_answers(self) -> bool:
+        with self._lock:
+            return any(answer.adapter is None for answer in self._answers)
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter; requests that name it already are answered, for vLLM reads it again where it must."""
@@ -217,6 +259,7 @@ class VllmEngine:
         self._wait(self._end_answers())
         self._llm.shutdown(timeout=_SHUTDOWN)
         self._end_thread()
+        self._zeros.cleanup()
 
     def _params(self, request: Request) -> Any:
         sampling = request.sampling
