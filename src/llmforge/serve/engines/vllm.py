@@ -101,7 +101,7 @@ class VllmEngine:
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
         try:
-            self._llm = self._wait(_start(settings))
+            self._llm: Any = self._wait(_start(settings))
         except Exception as error:
             self._end_thread()
             raise ModelError(
@@ -258,6 +258,7 @@ class VllmEngine:
             self._is_closing = True
         self._wait(self._end_answers())
         self._llm.shutdown(timeout=_SHUTDOWN)
+        self._llm = None  # it ends itself again when it is deleted, which fails once Python itself ends
         self._end_thread()
         self._zeros.cleanup()
 
@@ -328,11 +329,14 @@ class VllmEngine:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if (handler := getattr(self._llm, "output_handler", None)) is not None:
+            handler.cancel()  # vLLM does so later, when it has told of its own end as of a failure
 
     def _wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def _end_thread(self) -> None:
+        self._wait(_end_tasks())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -343,6 +347,13 @@ async def _start(settings: Any) -> Any:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     return AsyncLLM.from_engine_args(settings)
+
+
+async def _end_tasks() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _tokens(completion: Any, sampling: Sampling) -> tuple[Token, ...]:
