@@ -144,6 +144,8 @@ def test_what_cannot_be_answered_is_refused_before_it_waits() -> None:
             ask(engine, [5], adapter="nobody")
         with pytest.raises(InputError, match="token id 1000 is not"):
             ask(engine, [5], logit_bias={1000: 1.0})
+        burst = [ask(engine, [5], max_tokens=1) for _ in range(3)]  # one for the batch, which is still empty
+        assert [len(h.ids()) for h in burst] == [1, 1, 1]
         first = ask(engine, [5], max_tokens=500)
         while not first.tokens:
             time.sleep(0.001)

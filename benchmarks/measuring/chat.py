@@ -60,6 +60,21 @@ def build_model(gguf: Path, prompt_format: Mapping[str, Any], cache: Path) -> Pa
     return directory
 
 
+def build_first_layer(model: Path, prompt_format: Mapping[str, Any]) -> Path:
+    """Write a model's embeddings, its first layer and its head as a model, once: next to no time to compute."""
+    directory = model.with_name(f"{model.name}-first-layer")
+    if not (directory / "done").is_file():
+        import torch
+        import transformers
+
+        whole = transformers.AutoModelForCausalLM.from_pretrained(model, num_hidden_layers=1, dtype=torch.float32)
+        whole.save_pretrained(directory)
+        transformers.AutoTokenizer.from_pretrained(model).save_pretrained(directory)
+        (directory / "done").touch()
+    (directory / "prompt_format.yaml").write_text(json.dumps(prompt_format, indent=1))
+    return directory
+
+
 def build_prompts(model: Path, count: int, max_tokens: int, cache: Path) -> list[Prompt]:
     """Make prompts of realistic lengths, with their answers, once: the same on every machine up to rounding."""
     recipe = [SEED, count, max_tokens, SHORTEST, MEDIAN, LONGEST, SYSTEM, TASK, model.name]

@@ -174,7 +174,8 @@ class TransformersEngine:
         with self._news:
             if self._is_closing:
                 raise OverloadedError("the server is being stopped", retry_after=10.0)
-            if len(self._waiting) >= self._max_waiting:
+            # Counted together: a step may be under way while there is still a place in the batch.
+            if len(self._running) + len(self._waiting) >= self._max_batch + self._max_waiting:
                 wait = self._seconds_per_answer * len(self._waiting) / self._max_batch
                 raise OverloadedError(
                     f"{len(self._waiting)} requests are waiting already; try again later", retry_after=max(1.0, wait)
