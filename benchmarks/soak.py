@@ -245,6 +245,7 @@ async def soak(url: str, server: psutil.Process, count: int, clients: int) -> tu
     for _ in range(8):
         await run.run(count // 8, clients)
         memory.append(server.memory_info().rss)
+        print(f"{datetime.now():%H:%M:%S} {memory[-1] / 1e6:,.0f} MB", file=sys.stderr, flush=True)
     seconds = time.perf_counter() - began
     await asyncio.sleep(2)
     metrics = (await run.client.get("/metrics")).text
