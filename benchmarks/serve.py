@@ -330,8 +330,8 @@ def _page(results: Mapping[str, Any]) -> Iterator[str]:
         added = " / ".join(f"{seconds * 1e3:.1f}" for seconds in over["added_seconds"].values())
         yield from ("", "## What HTTP adds to the first token", "")
         yield (
-            f"The model's embeddings, first layer and head only; {over['prompts']} prompts, {over['rounds']} times each, "
-            f"one at a time, in turns: medians {over['direct_seconds'] * 1e3:.1f} ms from the engine, "
+            f"The model's embeddings, first layer and head only; {over['prompts']} prompts, {over['rounds']} times "
+            f"each, one at a time, in turns: medians {over['direct_seconds'] * 1e3:.1f} ms from the engine, "
             f"{over['served_seconds'] * 1e3:.1f} ms over HTTP; quartiles of the difference: {added} ms."
         )
     notes = [f"* {server['title']}: {server['note']}." for server in results["servers"].values() if server["note"]]
