@@ -2,7 +2,7 @@
 
 What such a product costs is reading the weights. But for x Wᵀ with 2 to 64 rows in x, PyTorch's library took up to four
 times as long as for W xᵀ (torch 2.13 with MKL and with oneDNN, on 2 cores of an AMD EPYC): by the look of it, the
-operand on the right is copied into another order first, and xᵀ is small. For one row both take as long.
+operand on the right is copied into another order first, and xᵀ is small. For one row both took about as long.
 """
 
 import torch
