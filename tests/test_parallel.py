@@ -16,6 +16,9 @@ from llmforge.data.batches import StepPlan
 from ranks import reported, train_on_ranks
 from tiny_runs import LORA, write_config
 
+# One fixture trains all 63 runs: minutes on two cores. What hangs is found by the limit of each group of ranks.
+pytestmark = pytest.mark.timeout(2400)
+
 # Six steps an epoch of 8 examples; 12 steps, with an evaluation and a checkpoint after every fifth and the last.
 SCHEDULE: dict[str, Any] = {
     "num_epochs": 2,
