@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from llmforge.errors import InputError, ModelError
 from llmforge.models.adapters import NotShareableError
@@ -213,7 +214,7 @@ def save_adapter(directory: Path, seed: int, **options: Any) -> Path:
     for name, parameter in model.named_parameters():
         if "lora" in name:
             parameter.data = torch.randn_like(parameter) * 0.3
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, save_embedding_layers=False)
     return directory
 
 
@@ -222,11 +223,18 @@ KINDS: dict[str, dict[str, Any]] = {
     "another rank": {"r": 16, "lora_alpha": 4},
     "rslora": {"use_rslora": True},
     "all layers": {"target_modules": "all-linear"},
+    "the head": {"target_modules": ["q_proj", "lm_head"]},
     "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.0\.self_attn\.v_proj": 32}},
 }
 
 
-def test_requests_for_different_adapters_share_steps(engine: TransformersEngine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", ["", "_MOST_STACKED", "_MOST_BYTES"])
+def test_requests_for_different_adapters_share_steps(
+    limit: str, engine: TransformersEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with adapters that are not stacked, as for many tokens and for large ones."""
+    if limit:
+        monkeypatch.setattr(f"llmforge.models.adapters.{limit}", 0)
     expected: dict[str | None, list[list[int]]] = {None: [generated(build(), p) for p in prompts(4)]}
     for seed, (kind, options) in enumerate(KINDS.items()):
         directory = save_adapter(tmp_path / kind, seed, **options)
@@ -236,6 +244,31 @@ def test_requests_for_different_adapters_share_steps(engine: TransformersEngine,
     assert {name: [h.ids() for h in answers] for name, answers in heard.items()} == expected
     assert len({str(answers) for answers in expected.values()}) == len(expected)
     assert engine.stats()["adapter_bytes"] > 0
+
+
+def test_an_adapter_that_is_replaced_answers_at_once(engine: TransformersEngine, tmp_path: Path) -> None:
+    """With the same names in a batch as before."""
+    first, second, other = (save_adapter(tmp_path / str(seed), seed) for seed in (1, 2, 3))
+    engine.add_adapter("other", other)
+    answers = []
+    for directory in (first, second):
+        engine.add_adapter("replaced", directory)
+        heard = [ask(engine, [5, 6], adapter=name) for name in ("replaced", "other")]
+        answers.append([h.ids() for h in heard])
+        engine.remove_adapter("replaced")
+    expected = [generated(peft.PeftModel.from_pretrained(build(), d), [5, 6]) for d in (first, second, other)]
+    assert answers == [[expected[0], expected[2]], [expected[1], expected[2]]]
+    assert expected[0] != expected[1]
+
+
+def test_an_adapter_with_values_that_are_no_numbers_is_refused(engine: TransformersEngine, tmp_path: Path) -> None:
+    """In a batch they could reach the answers of others."""
+    file = save_adapter(tmp_path, 1) / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights[next(name for name in weights if "lora_B" in name)][0, 0] = float("nan")
+    save_file(weights, file)
+    with pytest.raises(ModelError, match=r"damaged: .*proj holds values that are not finite"):
+        engine.add_adapter("damaged", tmp_path)
 
 
 def test_adapters_come_and_go_without_a_request_noticing(engine: TransformersEngine, tmp_path: Path) -> None:

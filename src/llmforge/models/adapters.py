@@ -4,7 +4,11 @@ An adapter is no part of the model here, as it is for PEFT: its matrices lie bes
 adapter knows adds what they compute. So one is added or removed without touching what is being computed, and costs
 nothing but its own matrices.
 
-Shapes: N tokens, I and O features that go into and come out of a layer, R rank.
+Where few tokens have several adapters, as when many answers grow, the matrices of all of them are stacked: two products
+for a layer instead of two for each adapter, and of what the first gives, a token keeps its own adapter's part. That
+computes too much, which costs less than many small products do.
+
+Shapes: N tokens, I and O features that go into and come out of a layer, R rank, K ranks of several adapters together.
 """
 
 import json
@@ -13,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import peft
 import torch
@@ -25,6 +29,8 @@ from llmforge.models.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapte
 
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+_MOST_STACKED = 64  # tokens; with more of them, what is computed too much costs more than small products
+_MOST_BYTES = 2**28  # of the adapters in a stack, which is a copy; large matrices gain little by it
 
 
 class NotShareableError(ModelError):
@@ -45,6 +51,112 @@ class _Low:
         return torch.nn.functional.linear(hidden, self.b_OR) * self.scale
 
 
+@dataclass(frozen=True)
+class _Stack:
+    """What several adapters add to a layer, one below the other; `b_OK` contains the scales."""
+
+    a_KI: torch.Tensor
+    b_OK: torch.Tensor
+    adapter_K: torch.Tensor  # whose the rank is: a number in the step
+
+    def __call__(self, x_NI: torch.Tensor, adapter_N: torch.Tensor) -> torch.Tensor:
+        # As A xᵀ and B hᵀ, which a CPU computes faster for few tokens (few_rows.py).
+        h_KN = self.a_KI @ x_NI.to(self.a_KI.dtype).t()
+        h_KN = h_KN.masked_fill(self.adapter_K[:, None] != adapter_N, 0)
+        return (self.b_OK @ h_KN).t()
+
+
+class _Layer:
+    """A layer of the base model, by its path, and what each adapter that knows it adds to it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._lows: dict[str, _Low] = {}
+        self._stack: tuple[tuple[str, ...], _Stack | None] = ((), None)  # the last one, and of which adapters it is
+
+    def get(self, name: str) -> _Low | None:
+        return self._lows.get(name)
+
+    def set(self, name: str, low: _Low | None) -> None:
+        """Let an adapter add that, or nothing any more."""
+        self._lows.pop(name, None)
+        if low is not None:
+            self._lows[name] = low
+        self._stack = ((), None)
+
+    def stack(self, names: tuple[str, ...]) -> _Stack | None:
+        """Stack what these adapters add; nothing if none of them adds anything."""
+        if self._stack[0] != names:
+            lows = [(number, low) for number, name in enumerate(names) if (low := self._lows.get(name)) is not None]
+            stack = None
+            if lows:
+                a_KI = torch.cat([low.a_RI for _, low in lows])
+                b_OK = torch.cat([low.b_OR * low.scale for _, low in lows], dim=1)
+                adapter_K = torch.tensor([number for number, low in lows for _ in low.a_RI], device=a_KI.device)
+                stack = _Stack(a_KI, b_OK, adapter_K)
+            self._stack = (names, stack)
+        return self._stack[1]
+
+    def rows(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Give a layer's input (…, I) as (N, I).
+
+        Raises:
+            ModelError: the layer is given other tokens than those of the step, and nobody knows whose they are.
+        """
+        x_NI = x.flatten(0, -2)
+        if len(x_NI) != tokens:
+            raise ModelError(f"requests for different adapters cannot share a step: {self.path} sees a part of it only")
+        return x_NI
+
+
+class _Step(Protocol):
+    """Which token of a step has which adapter."""
+
+    def add(self, layer: _Layer, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Add what the tokens' adapters compute from a layer's input to its output."""
+
+
+@dataclass(frozen=True)
+class _One:
+    """All tokens have the same one."""
+
+    name: str
+
+    def add(self, layer: _Layer, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        low = layer.get(self.name)
+        return output if low is None else output + low(x).to(output.dtype)
+
+
+@dataclass(frozen=True)
+class _Grouped:
+    """The places of each adapter's tokens."""
+
+    tokens: int
+    places: Mapping[str, torch.Tensor]
+
+    def add(self, layer: _Layer, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        x_NI, output_NO = layer.rows(x, self.tokens), output.flatten(0, -2)
+        for name, places in self.places.items():
+            if (low := layer.get(name)) is not None:
+                more = low(x_NI.index_select(0, places)).to(output.dtype)
+                output_NO = output_NO.index_add(0, places, more)
+        return output_NO.view_as(output)
+
+
+@dataclass(frozen=True)
+class _Stacked:
+    """For each token, the number of its adapter among these; -1 where it has none."""
+
+    names: tuple[str, ...]
+    adapter_N: torch.Tensor
+
+    def add(self, layer: _Layer, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        x_NI, stack = layer.rows(x, len(self.adapter_N)), layer.stack(self.names)
+        if stack is None:
+            return output
+        return output + stack(x_NI, self.adapter_N).to(output.dtype).reshape(output.shape)
+
+
 class Adapters:
     """The adapters over one base model.
 
@@ -54,10 +166,12 @@ class Adapters:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._modules = dict(model.named_modules())
-        self._of_layer: dict[str, dict[str, _Low]] = {}
+        self._layers: dict[str, _Layer] = {}
         self._bytes: dict[str, int] = {}
         self._versions: dict[str, int] = {}
-        self._groups: Sequence[tuple[str, torch.Tensor | None]] = ()
+        self._narrow: set[torch.nn.Module] = set()
+        self._step: _Step | None = None
+        self._narrow_step: _Step | None = None
 
     def __contains__(self, name: object) -> bool:
         return name in self._bytes
@@ -111,6 +225,8 @@ class Adapters:
                     f"the adapter in {directory} was trained on another base model: its {path} is {shape[1]} to "
                     f"{shape[0]} features, and this one's {module.in_features} to {module.out_features}"
                 )
+            if not (a_RI.isfinite().all() and b_OR.isfinite().all()):
+                raise ModelError(f"the adapter in {directory} is damaged: {path} holds values that are not finite")
             device = module.weight.device
             found[path] = _Low(a_RI.to(device), b_OR.to(device), _scale(config, path, len(a_RI)))
         if not found:
@@ -121,46 +237,59 @@ class Adapters:
         """Make what `read` gave answerable under a name; between steps."""
         self.remove(name)
         for path, low in layers.items():
-            if path not in self._of_layer:
-                self._of_layer[path] = {}
-                self._modules[path].register_forward_hook(self._hook(self._of_layer[path]))
-            self._of_layer[path][name] = low
+            if path not in self._layers:
+                self._layers[path] = _Layer(path)
+                self._modules[path].register_forward_hook(self._hook(self._layers[path]))
+            self._layers[path].set(name, low)
         self._versions[name] = self.version(name) + 1
         self._bytes[name] = sum(t.nbytes for low in layers.values() for t in (low.a_RI, low.b_OR))
 
     def remove(self, name: str) -> None:
         """Forget an adapter, if it is there; between steps."""
-        for of_name in self._of_layer.values():
-            of_name.pop(name, None)
+        for layer in self._layers.values():
+            layer.set(name, None)
         self._bytes.pop(name, None)
 
+    def narrow(self, module: torch.nn.Module) -> None:
+        """Name the part of the model, its head, that is shown only the tokens that are `selected` in a step."""
+        self._narrow = set(module.modules())
+
     @contextmanager
-    def using(self, names: Sequence[str | None], device: torch.device) -> Iterator[None]:
-        """Let forward passes inside compute each token of a step with its adapter, None with the base model alone."""
-        if len(set(names)) == 1:
-            self._groups = () if names[0] is None else ((names[0], None),)
-        else:
-            places: dict[str, list[int]] = {}
-            for place, name in enumerate(names):
-                if name is not None:
-                    places.setdefault(name, []).append(place)
-            self._groups = [(name, torch.tensor(index, device=device)) for name, index in places.items()]
+    def using(
+        self, names: Sequence[str | None], device: torch.device, selected: Sequence[int] | None = None
+    ) -> Iterator[None]:
+        """Let forward passes inside compute each token of a step with its adapter, None with the base model alone.
+
+        Args:
+            names: the adapter of each token.
+            device: that of the model.
+            selected: the places of the tokens that the `narrow` part is shown, in its order; all if None.
+        """
+        self._step = self._narrow_step = self._arrange(names, device)
+        if selected is not None:
+            self._narrow_step = self._arrange([names[place] for place in selected], device)
         try:
             yield
         finally:
-            self._groups = ()
+            self._step = self._narrow_step = None
 
-    def _hook(self, of_name: Mapping[str, _Low]) -> Any:
-        def add(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            for name, places in self._groups:
-                low = of_name.get(name)
-                if low is None:
-                    continue
-                if places is None:
-                    output = output + low(inputs[0]).to(output.dtype)
-                else:
-                    output = output.index_add(0, places, low(inputs[0].index_select(0, places)).to(output.dtype))
-            return output
+    def _arrange(self, names: Sequence[str | None], device: torch.device) -> _Step | None:
+        own = tuple(sorted({name for name in names if name is not None}))
+        if not own:
+            return None
+        if len(set(names)) == 1:
+            return _One(own[0])
+        numbers = {name: number for number, name in enumerate(own)}
+        adapter_N = torch.tensor([-1 if name is None else numbers[name] for name in names])
+        if len(names) <= _MOST_STACKED and sum(self._bytes[name] for name in own) <= _MOST_BYTES:
+            return _Stacked(own, adapter_N.to(device))
+        places = [(adapter_N == number).nonzero().flatten().to(device) for number in range(len(own))]
+        return _Grouped(len(names), dict(zip(own, places, strict=True)))
+
+    def _hook(self, layer: _Layer) -> Any:
+        def add(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            step = self._narrow_step if module in self._narrow else self._step
+            return output if step is None else step.add(layer, inputs[0], output)
 
         return add
 

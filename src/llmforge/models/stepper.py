@@ -110,10 +110,11 @@ class Together:
             "use_cache": False,
         }
         places_S = torch.tensor(wanted, dtype=torch.int64, device=self._device)
-        with self._autocast(), stepping(step), self._adapters.using(names, self._device):
+        with self._autocast(), stepping(step):
             if self._head is None:
-                return self._model(**inputs).logits[places_S, -1].float()
-            with self._head.selecting(places_S):
+                with self._adapters.using(names, self._device):
+                    return self._model(**inputs).logits[places_S, -1].float()
+            with self._head.selecting(places_S), self._adapters.using(names, self._device, wanted):
                 logits_SV: torch.Tensor = self._model(**inputs).logits.flatten(0, -2).float()
         return logits_SV
 
@@ -181,6 +182,7 @@ def make_stepper(model: Any, adapters: Adapters, device: torch.device, autocast:
         head = find_head(model)
     if head is not None:
         head.stays_whole = True
+        adapters.narrow(head.module)
     probe = _Probe(model, device, autocast)
     base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     before = base.config._attn_implementation
