@@ -2,7 +2,9 @@
 
 import random
 from contextlib import nullcontext
+from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -56,6 +58,40 @@ def test_steps_are_the_forward_pass_of_each_conversation(kind: str) -> None:
             else:
                 live.append((conversation, tokens, done))
     assert compared >= 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_conversations_with_adapters_of_every_layer_are_what_peft_computes(kind: str, tmp_path: Path) -> None:
+    """Of embeddings and heads too; in long steps and in short ones."""
+    model = small_model(kind)
+    adapters = Adapters(model)
+    stepper, _ = make_stepper(model, adapters, CPU, nullcontext)
+    plain: dict[str | None, torch.nn.Module] = {None: small_model(kind)}
+    layers = [name for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Embedding))]
+    if kind == "keys wider than values":  # PEFT takes the names of its MLP for those of experts
+        layers = [name for name in layers if ".mlp." not in name]
+    assert len(layers) > 2
+    for rank in (2, 3):
+        name = f"rank {rank}"
+        plain[name] = peft.get_peft_model(
+            small_model(kind), peft.LoraConfig(r=rank, target_modules=layers), autocast_adapter_dtype=False
+        )
+        for path, parameter in plain[name].named_parameters():
+            if "lora_" in path:
+                parameter.data = torch.randn_like(parameter) * 0.3
+        plain[name].save_pretrained(tmp_path / name, save_embedding_layers=False)
+        adapters.add(name, adapters.read(tmp_path / name))
+    numbers = random.Random(1)
+    live = [(stepper.conversation(), name, [numbers.randrange(VOCABULARY) for _ in range(40)]) for name in plain]
+    work = [Work(conversation, tokens, name) for conversation, name, tokens in live]
+    for _ in range(4):
+        found = stepper.step(work)
+        for row, (_, name, tokens) in zip(found, live, strict=True):
+            with torch.no_grad():
+                expected = plain[name](torch.tensor([tokens]), use_cache=False).logits[0, -1].float()
+            assert (row - expected).abs().max() <= 1e-5 * expected.abs().max()
+            tokens.append(int(row.argmax()))
+        work = [Work(conversation, tokens[-1:], name) for conversation, name, tokens in live]
 
 
 def test_a_model_with_a_state_answers_alone() -> None:

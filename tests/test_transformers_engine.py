@@ -223,7 +223,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "another rank": {"r": 16, "lora_alpha": 4},
     "rslora": {"use_rslora": True},
     "all layers": {"target_modules": "all-linear"},
-    "the head": {"target_modules": ["q_proj", "lm_head"]},
+    "what LLMForge recommends": {"target_modules": ["q_proj", "up_proj", "embed_tokens", "lm_head"]},
     "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.0\.self_attn\.v_proj": 32}},
 }
 
@@ -292,7 +292,7 @@ def test_adapters_come_and_go_without_a_request_noticing(engine: TransformersEng
 
 @pytest.mark.parametrize(
     "options",
-    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens"]}, {"bias": "all"}],
+    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}],
     ids=str,
 )
 def test_adapters_that_change_more_need_a_base_of_their_own(
@@ -310,6 +310,17 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
                 engine.add_adapter("foreign", save_adapter(tmp_path / str(number), 1))
         finally:
             engine.close()
+
+
+def test_an_adapter_of_another_vocabulary_gets_a_base_of_its_own(tmp_path: Path) -> None:
+    """A run may have added tokens."""
+    engine = TransformersEngine(build(vocab_size=VOCABULARY + 8), None, device=CPU, dtype="fp32")
+    try:
+        for layer in ("embed_tokens", "lm_head"):
+            with pytest.raises(NotShareableError, match=f"another vocabulary: its .*{layer} is "):
+                engine.add_adapter("more", save_adapter(tmp_path / layer, 1, target_modules=[layer]))
+    finally:
+        engine.close()
 
 
 def test_nothing_is_kept_of_a_thousand_requests(engine: TransformersEngine) -> None:

@@ -28,26 +28,33 @@ from llmforge.errors import ModelError
 from llmforge.models.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 
 _PREFIX = "base_model.model."
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+_PARTS = {  # how PEFT names the two matrices of a layer
+    torch.nn.Linear: (".lora_A.weight", ".lora_B.weight"),
+    torch.nn.Embedding: (".lora_embedding_A", ".lora_embedding_B"),
+}
 _MOST_STACKED = 64  # tokens; with more of them, what is computed too much costs more than small products
 _MOST_BYTES = 2**28  # of the adapters in a stack, which is a copy; large matrices gain little by it
 
 
 class NotShareableError(ModelError):
-    """A sound adapter that changes more of the base model than products beside its linear layers."""
+    """A sound adapter that changes more of the base model than products beside its linear layers and embeddings."""
 
 
 @dataclass(frozen=True)
 class _Low:
-    """What an adapter adds to a layer: `scale` · x · A^T · B^T."""
+    """What an adapter adds to a layer: `scale` · x · A^T · B^T; to an embedding, whose x is an id, that of a unit x."""
 
     a_RI: torch.Tensor
     b_OR: torch.Tensor
     scale: float
+    embeds: bool = False
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         # In fp32, as it was trained and as PEFT computes it, unless an autocast says otherwise.
-        hidden = torch.nn.functional.linear(x.to(self.a_RI.dtype), self.a_RI)
+        if self.embeds:
+            hidden = torch.nn.functional.embedding(x, self.a_RI.t())
+        else:
+            hidden = torch.nn.functional.linear(x.to(self.a_RI.dtype), self.a_RI)
         return torch.nn.functional.linear(hidden, self.b_OR) * self.scale
 
 
@@ -58,10 +65,11 @@ class _Stack:
     a_KI: torch.Tensor
     b_OK: torch.Tensor
     adapter_K: torch.Tensor  # whose the rank is: a number in the step
+    embeds: bool
 
-    def __call__(self, x_NI: torch.Tensor, adapter_N: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, adapter_N: torch.Tensor) -> torch.Tensor:
         # As A xᵀ and B hᵀ, which a CPU computes faster for few tokens (few_rows.py).
-        h_KN = self.a_KI @ x_NI.to(self.a_KI.dtype).t()
+        h_KN = self.a_KI[:, rows] if self.embeds else self.a_KI @ rows.to(self.a_KI.dtype).t()
         h_KN = h_KN.masked_fill(self.adapter_K[:, None] != adapter_N, 0)
         return (self.b_OK @ h_KN).t()
 
@@ -69,8 +77,9 @@ class _Stack:
 class _Layer:
     """A layer of the base model, by its path, and what each adapter that knows it adds to it."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, embeds: bool) -> None:
         self.path = path
+        self._embeds = embeds
         self._lows: dict[str, _Low] = {}
         self._stack: tuple[tuple[str, ...], _Stack | None] = ((), None)  # the last one, and of which adapters it is
 
@@ -93,20 +102,20 @@ class _Layer:
                 a_KI = torch.cat([low.a_RI for _, low in lows])
                 b_OK = torch.cat([low.b_OR * low.scale for _, low in lows], dim=1)
                 adapter_K = torch.tensor([number for number, low in lows for _ in low.a_RI], device=a_KI.device)
-                stack = _Stack(a_KI, b_OK, adapter_K)
+                stack = _Stack(a_KI, b_OK, adapter_K, self._embeds)
             self._stack = (names, stack)
         return self._stack[1]
 
     def rows(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
-        """Give a layer's input (…, I) as (N, I).
+        """Give a layer's input (…, I) as (N, I), or ids (…) as (N).
 
         Raises:
             ModelError: the layer is given other tokens than those of the step, and nobody knows whose they are.
         """
-        x_NI = x.flatten(0, -2)
-        if len(x_NI) != tokens:
+        rows = x.flatten() if self._embeds else x.flatten(0, -2)
+        if len(rows) != tokens:
             raise ModelError(f"requests for different adapters cannot share a step: {self.path} sees a part of it only")
-        return x_NI
+        return rows
 
 
 class _Step(Protocol):
@@ -135,10 +144,10 @@ class _Grouped:
     places: Mapping[str, torch.Tensor]
 
     def add(self, layer: _Layer, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        x_NI, output_NO = layer.rows(x, self.tokens), output.flatten(0, -2)
+        rows, output_NO = layer.rows(x, self.tokens), output.flatten(0, -2)
         for name, places in self.places.items():
             if (low := layer.get(name)) is not None:
-                more = low(x_NI.index_select(0, places)).to(output.dtype)
+                more = low(rows.index_select(0, places)).to(output.dtype)
                 output_NO = output_NO.index_add(0, places, more)
         return output_NO.view_as(output)
 
@@ -151,10 +160,10 @@ class _Stacked:
     adapter_N: torch.Tensor
 
     def add(self, layer: _Layer, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        x_NI, stack = layer.rows(x, len(self.adapter_N)), layer.stack(self.names)
+        rows, stack = layer.rows(x, len(self.adapter_N)), layer.stack(self.names)
         if stack is None:
             return output
-        return output + stack(x_NI, self.adapter_N).to(output.dtype).reshape(output.shape)
+        return output + stack(rows, self.adapter_N).to(output.dtype).reshape(output.shape)
 
 
 class Adapters:
@@ -202,43 +211,56 @@ class Adapters:
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{directory / ADAPTER_WEIGHTS} cannot be read: {error}") from error
         found: dict[str, Any] = {}
+        ends = {end: pair for pair in _PARTS.values() for end in pair}
         for name, a_RI in tensors.items():
-            if not name.endswith((_A, _B)) or not name.startswith(_PREFIX):
+            end = next((end for end in ends if name.endswith(end)), None)
+            if end is None or not name.startswith(_PREFIX):
                 raise NotShareableError(f"the adapter in {directory} cannot share its base model: it holds {name}")
-            if name.endswith(_B):
+            if end == ends[end][1]:
                 continue
-            path = name[len(_PREFIX) : -len(_A)]
-            b_OR = tensors.get(_PREFIX + path + _B)
-            module = self._modules.get(path)
-            if b_OR is None or module is None:
-                raise ModelError(
-                    f"the adapter in {directory} was trained on another base model: "
-                    + (f"this one has no {path}" if module is None else f"{path} has no lora_B")
-                )
-            if not isinstance(module, torch.nn.Linear) or a_RI.ndim != 2:
-                raise NotShareableError(
-                    f"the adapter in {directory} cannot share its base model: {path} is a {type(module).__name__}"
-                )
-            shape = (b_OR.shape[0], a_RI.shape[1])
-            if shape != (module.out_features, module.in_features):
-                raise ModelError(
-                    f"the adapter in {directory} was trained on another base model: its {path} is {shape[1]} to "
-                    f"{shape[0]} features, and this one's {module.in_features} to {module.out_features}"
-                )
-            if not (a_RI.isfinite().all() and b_OR.isfinite().all()):
-                raise ModelError(f"the adapter in {directory} is damaged: {path} holds values that are not finite")
-            device = module.weight.device
-            found[path] = _Low(a_RI.to(device), b_OR.to(device), _scale(config, path, len(a_RI)))
+            path = name[len(_PREFIX) : -len(end)]
+            try:
+                found[path] = self._low(path, a_RI, tensors.get(_PREFIX + path + ends[end][1]), config)
+            except NotShareableError as error:
+                raise NotShareableError(f"the adapter in {directory} cannot share its base model: {error}") from None
+            except ModelError as error:
+                raise ModelError(f"the adapter in {directory} {error}") from None
         if not found:
             raise ModelError(f"the adapter in {directory} is empty")
         return found
+
+    def _low(self, path: str, a_RI: torch.Tensor, b_OR: torch.Tensor | None, config: Any) -> _Low:
+        """Fit an adapter's matrices to a layer; raises as `read` does."""
+        module = self._modules.get(path)
+        if b_OR is None or module is None:
+            why = f"this one has no {path}" if module is None else f"{path} has no lora_B"
+            raise ModelError(f"was trained on another base model: {why}")
+        embeds = isinstance(module, torch.nn.Embedding)
+        if isinstance(module, torch.nn.Embedding):
+            size = (module.num_embeddings, module.embedding_dim)
+        elif isinstance(module, torch.nn.Linear) and a_RI.ndim == 2:
+            size = (module.in_features, module.out_features)
+        else:
+            raise NotShareableError(f"{path} is a {type(module).__name__}")
+        found = (a_RI.shape[1], b_OR.shape[0])
+        sizes = f"its {path} is {found[0]} to {found[1]} features, and this one's {size[0]} to {size[1]}"
+        if found != size and (embeds or module in self._narrow):
+            raise NotShareableError(f"it may have another vocabulary: {sizes}")
+        if found != size:
+            raise ModelError(f"was trained on another base model: {sizes}")
+        if not (a_RI.isfinite().all() and b_OR.isfinite().all()):
+            raise ModelError(f"is damaged: {path} holds values that are not finite")
+        # Embeddings that scale what they give, as Gemma's do, scale what adapters add too.
+        scale = _scale(config, path, len(a_RI)) * float(getattr(module, "embed_scale", 1.0) if embeds else 1.0)
+        device = module.weight.device
+        return _Low(a_RI.to(device), b_OR.to(device), scale, embeds)
 
     def add(self, name: str, layers: Mapping[str, Any]) -> None:
         """Make what `read` gave answerable under a name; between steps."""
         self.remove(name)
         for path, low in layers.items():
             if path not in self._layers:
-                self._layers[path] = _Layer(path)
+                self._layers[path] = _Layer(path, embeds=low.embeds)
                 self._modules[path].register_forward_hook(self._hook(self._layers[path]))
             self._layers[path].set(name, low)
         self._versions[name] = self.version(name) + 1
