@@ -1,12 +1,14 @@
 """Tiny tokenizers and models, made here: the tests need no network, no hub and no GPU."""
 
 import contextlib
+import ctypes
 import json
 import os
 import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -97,6 +99,28 @@ def build_tokenizer(
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token="<pad>")
     fast.chat_template = chat_template
     return fast
+
+
+@pytest.fixture
+def permissions_bind() -> Iterator[None]:
+    """Let the permissions of files bind this test, also where root runs it."""
+    if os.geteuid() != 0:
+        yield
+        return
+    if sys.platform != "linux":
+        pytest.skip("root may read and write everything, and only Linux lets it do without")
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # capabilities(7): version 3, this thread
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable ones, and the same of the higher bits
+    libc = ctypes.CDLL(None)
+    assert libc.capget(header, sets) == 0
+    before = sets[0]
+    sets[0] &= ~(1 << 1 | 1 << 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, sets) == 0
+    try:
+        yield
+    finally:
+        sets[0] = before
+        assert libc.capset(header, sets) == 0
 
 
 @pytest.fixture(scope="session")

@@ -321,7 +321,7 @@ def test_an_output_directory_that_cannot_be_made(place: Path, trap: Path) -> Non
     assert "rows" not in error  # it was found before the rows were read
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.usefixtures("permissions_bind")
 def test_an_output_directory_without_permission(place: Path, trap: Path) -> None:
     (place / "mine").mkdir(mode=0o500)
     refused(place, trap, place / "mine", "not writable", "output_dir", output_dir=str(place / "mine" / "runs"))

@@ -90,7 +90,7 @@ def test_what_cannot_be_read_says_what_was_given_and_what_is_allowed(here, paths
         assert part in str(error.value)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.usefixtures("permissions_bind")
 def test_no_permission(here):
     write(here / "x.jsonl").chmod(0)
     with pytest.raises(DataError, match=r"x\.jsonl: no permission to read this file"):

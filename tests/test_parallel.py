@@ -27,7 +27,12 @@ SCHEDULE: dict[str, Any] = {
     "num_checkpoints_to_keep": 2,
     "learning_rate": 1e-3,
 }
-METHODS: dict[str, dict[str, Any]] = {"lora": {"lora_config": LORA}, "full": {"weight_decay": 0.1}}
+# What LLMForge recommended to adapt: embeddings, too.
+ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"]
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"lora_config": {**LORA, "target_modules": ADAPTED}},
+    "full": {"weight_decay": 0.1},
+}
 OFFLOAD = {"device": "cpu", "pin_memory": True}
 # What the DeepSpeed files that LLMForge published say of ZeRO, and stage 1.
 ZERO: dict[str, dict[str, Any]] = {
@@ -160,7 +165,7 @@ def test_two_ranks_train_what_one_device_trains(trained: Path, backend: str, met
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_adapters_are_whole_whatever_a_rank_holds(trained: Path, backend: str) -> None:
     found = weights(trained / f"{backend}-lora")
-    assert len(found) == 2 * 2 * len(LORA["target_modules"])  # A and B in each of two layers
+    assert len(found) == 2 * (2 * 7 + 2)  # A and B of seven modules in each of two layers, and of both embeddings
     assert all(tensor.norm() > 0 for tensor in found.values())
 
 

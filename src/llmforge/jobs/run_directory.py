@@ -44,7 +44,8 @@ class RunDirectory:
         """
         path = output_dir if tag is None else output_dir / safe_name(tag)
         existing = _nearest_directory(path)
-        if not os.access(existing, os.W_OK | os.X_OK):
+        effective = os.access in os.supports_effective_ids
+        if not os.access(existing, os.W_OK | os.X_OK, effective_ids=effective):
             read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
             raise output_error(OSError(errno.EROFS if read_only else errno.EACCES, ""), existing)
         if tag is not None and existing == path and RunDirectory(path).is_taken():
