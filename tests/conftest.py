@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,9 @@ from hypothesis import HealthCheck, settings
 # How long an example takes depends on what else the machine does; the suite as a whole is timed, not its examples.
 settings.register_profile("llmforge", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("llmforge")
+
+# A shell starts what it puts into the background with SIGINT ignored, and programs inherit that; tests press ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files whose tests start many processes. They come first, on one worker, so that they neither compete with each other
 # nor are the last to end while the other worker has nothing to do.
