@@ -143,7 +143,10 @@ class Run:
         has_begun = self.directory.resolved_config.is_file()
         if self.bucket is not None:
             place = f"s3://{BUCKET}/{self.name_in_bucket}"
-            has_begun = has_begun or "resolved_config.yaml" in self.bucket.tree(self.name_in_bucket)
+            in_bucket = "resolved_config.yaml" in self.bucket.tree(self.name_in_bucket)
+            if has_begun and not in_bucket:  # as the refusal of a new start says, where `cache_dir` is the user's
+                place = str(self.directory.path)
+            has_begun = has_begun or in_bucket
         command = ["finetune", "--resume", place] if has_begun else ["finetune", str(self._config)]
         with open(self._log, "ab") as log:
             self._process = subprocess.Popen(

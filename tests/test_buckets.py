@@ -502,11 +502,38 @@ def test_a_start_that_was_cut_off_in_its_first_upload_can_be_made_again(
         another_machine = Mirror(url, tmp_path / f"elsewhere{changes}")
         if changes < 4:
             assert len(store.tree("cut/run")) == changes
-            with pytest.raises(InputError, match=r"start the run again|is not the directory of a run"):
+            with pytest.raises(InputError, match="start the run again" if changes else "is not the directory of a run"):
                 Mirror.to_resume(url, print)
             another_machine.claim()
     with pytest.raises(OutputError, match="already holds a run"):
         another_machine.claim()
+
+
+def test_a_run_goes_on_that_was_killed_in_its_first_upload(
+    store: FaultyStore, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Where its local copy is: by its place in the bucket, and as the refusal of a new start says."""
+    monkeypatch.setattr(bucket, "ATTEMPTS", 1)
+    url = "s3://bucket/first/run"
+    mirror = Mirror(url, Path(os.environ["XDG_CACHE_HOME"]) / "llmforge")
+    fake_run(mirror.directory, {3: "a"})
+    run = tree(mirror.directory)
+    for changes in itertools.count():
+        store.delete("first/run")
+        store.fault = down_after(changes)
+        with contextlib.suppress(BucketError):
+            Mirror(url, mirror.cache_dir).upload()
+        store.fault = lambda request: None
+        with pytest.raises(OutputError) as refused:
+            mirror.claim()
+        named = str(refused.value).split("--resume ")[1].split("`")[0]
+        for place in (url, named):
+            found = Mirror.to_resume(place, pytest.fail)
+            assert found is not None
+            assert (found.url, found.directory, tree(found.directory)) == (url, mirror.directory, run)
+        if store.tree("first/run") == run:
+            break
+    assert changes == len(run)
 
 
 def test_whoever_is_ahead_wins(store: FaultyStore, tmp_path: Path) -> None:

@@ -251,9 +251,9 @@ class Mirror:
         """Download the state of the run, unless the local copy is at least as far."""
         there = self.bucket.entries()
         here = _files(self.directory)
-        if not there and RESOLVED in here:
-            return
-        if CONFIG not in there:
+        if RESOLVED in here and RESOLVED not in there and (not there or MANIFEST in there):
+            return  # its first upload was cut off, or never began: the bucket has nothing that is not here
+        if CONFIG not in there and (RESOLVED in there or MANIFEST not in there):
             raise InputError(
                 f"{self.url} is not the directory of a run (it has no {CONFIG}); give the place of a run, such as "
                 f"{self.url.rpartition('/')[0]}/NAME"
