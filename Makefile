@@ -24,7 +24,7 @@ help:
 	@echo "make sweep        try every architecture of transformers, and write docs/models.md (some minutes)"
 	@echo "make bench        train the same rows with llmforge and with other programs (hours; see docs/benchmarks.md)"
 	@echo "make bench-gpu    the same on one CUDA GPU"
-	@echo "make kills        kill runs at many places, resume them, compare (half an hour; see docs/resume.md)"
+	@echo "make kills        kill runs at many places, resume them, compare (an hour; see docs/resume.md)"
 	@echo "make check        lint, types, import contracts and tests"
 	@echo "make install-dev  virtual environment with everything for development"
 

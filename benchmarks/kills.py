@@ -1,6 +1,6 @@
 """Kills fine-tuning runs at many places, has them go on, and compares them, bit for bit, with runs that nothing killed.
 
-    make kills                                         # everything; half an hour on two cores
+    make kills                                         # everything; an hour on two cores
     make kills KILLS="--configs lora,ddp --seed 1"     # some of it; the other results stay
 
 What is killed is the real program, from outside, with SIGKILL, at random moments: in a step, while a checkpoint is
@@ -345,6 +345,7 @@ class Matrix:
             "cells": list(dict.fromkeys(cells)),
             "kills": kills,
             "problems": problems,
+            "date": f"{datetime.now(UTC):%Y-%m-%d}",
             "seconds": round(time.monotonic() - began, 1),
         }
 
@@ -408,7 +409,7 @@ def main() -> None:
     chosen = configs(options.kills)
     path = RESULTS / "kills.json"
     results = json.loads(path.read_text()) if path.is_file() else {"runs": []}
-    results |= {"machine": describe(gpu=False), "date": f"{datetime.now(UTC):%Y-%m-%d}", "seed": options.seed}
+    results |= {"machine": describe(gpu=False), "seed": options.seed}
     results["versions"] = {name: version(name) for name in ("torch", "ray", "deepspeed", "transformers", "peft")}
     failed = False
     with tempfile.TemporaryDirectory() as name, faulty_store() as store:
@@ -450,11 +451,12 @@ def table(results: dict[str, Any], chosen: dict[str, Config]) -> str:
     kills = sum(len(run["kills"]) for run in results["runs"])
     machine = results["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    dates = sorted({run["date"] for run in results["runs"]})
     return (
         "# Kills\n\n"
         f"`make kills` (`benchmarks/kills.py`), seed {results['seed']}: {kills} kills, "
         f"{sum(run['seconds'] for run in results['runs']) / 60:.0f} minutes. A model of 60,000 parameters, fp32; "
-        f"{machine['processor']}, {machine['cores']} cores; {versions}; {results['date']}.\n\n"
+        f"{machine['processor']}, {machine['cores']} cores; {versions}; {' and '.join(dates)}.\n\n"
         + "\n".join(lines)
         + f"\n\n{LEGEND}\n"
         + "\n".join(["", *problems] if problems else [])
