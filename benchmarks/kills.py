@@ -303,7 +303,7 @@ class Matrix:
 
     def __init__(self, place: Path, name: str, config: Config, store: FaultyStore, seed: int) -> None:
         self._place, self._name, self._config, self._store = place, name, config, store
-        self._rng = random.Random(f"{seed} {name}")
+        self._seed, self._rng = seed, random.Random(f"{seed} {name}")
         self._cache = place / f"cache-{name}"
         self._undisturbed = Undisturbed(self._run("undisturbed", self._cache))
 
@@ -345,6 +345,7 @@ class Matrix:
             "cells": list(dict.fromkeys(cells)),
             "kills": kills,
             "problems": problems,
+            "seed": self._seed,
             "date": f"{datetime.now(UTC):%Y-%m-%d}",
             "seconds": round(time.monotonic() - began, 1),
         }
@@ -409,7 +410,7 @@ def main() -> None:
     chosen = configs(options.kills)
     path = RESULTS / "kills.json"
     results = json.loads(path.read_text()) if path.is_file() else {"runs": []}
-    results |= {"machine": describe(gpu=False), "seed": options.seed}
+    results["machine"] = describe(gpu=False)
     results["versions"] = {name: version(name) for name in ("torch", "ray", "deepspeed", "transformers", "peft")}
     failed = False
     with tempfile.TemporaryDirectory() as name, faulty_store() as store:
@@ -451,10 +452,10 @@ def table(results: dict[str, Any], chosen: dict[str, Config]) -> str:
     kills = sum(len(run["kills"]) for run in results["runs"])
     machine = results["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    dates = sorted({run["date"] for run in results["runs"]})
+    dates, seeds = (sorted({str(run[key]) for run in results["runs"]}) for key in ("date", "seed"))
     return (
         "# Kills\n\n"
-        f"`make kills` (`benchmarks/kills.py`), seed {results['seed']}: {kills} kills, "
+        f"`make kills` (`benchmarks/kills.py`), seed {' and '.join(seeds)}: {kills} kills, "
         f"{sum(run['seconds'] for run in results['runs']) / 60:.0f} minutes. A model of 60,000 parameters, fp32; "
         f"{machine['processor']}, {machine['cores']} cores; {versions}; {' and '.join(dates)}.\n\n"
         + "\n".join(lines)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from llmforge.errors import ModelError
 from llmforge.models.adapters import Adapters
 from llmforge.models.cached_attention import Cache, Conversation, capacity_for
 from llmforge.models.stepper import Stepper, Work, make_stepper
@@ -92,6 +93,22 @@ def test_conversations_with_adapters_of_every_layer_are_what_peft_computes(kind:
             assert (row - expected).abs().max() <= 1e-5 * expected.abs().max()
             tokens.append(int(row.argmax()))
         work = [Work(conversation, tokens[-1:], name) for conversation, name, tokens in live]
+
+
+def test_a_layer_that_is_given_some_tokens_only_is_not_mixed(tmp_path: Path) -> None:
+    """Experts that are modules would be, and nobody would know whose tokens they are given."""
+    model = small_model("llama")
+    adapters = Adapters(model)
+    for name in ("one", "two"):
+        adapted = peft.get_peft_model(small_model("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        adapted.save_pretrained(tmp_path / name)
+        adapters.add(name, adapters.read(tmp_path / name))
+    layer = model.model.layers[0].self_attn.q_proj
+    x = torch.zeros(3, 1, SMALL["hidden_size"], dtype=torch.float64)
+    with adapters.using(["one", "two", None], CPU):
+        layer(x)
+        with pytest.raises(ModelError, match=r"cannot share a step: .*q_proj is given 2 of its 3 tokens.*merged"):
+            layer(x[:2])
 
 
 def test_a_model_with_a_state_answers_alone() -> None:
